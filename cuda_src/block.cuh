@@ -1,0 +1,105 @@
+// What one block knows: its rank's memory, its shared memory, where it stands in the step.
+#pragma once
+#include "primitives.cuh"
+
+namespace imex {
+
+constexpr int kConsumerThreads = kConsumerWarps * LANES;
+constexpr int kMaxPlanWords = kPlanHeaderWords + kPlanRowWords * kMaxRows;
+
+// One row of the step: a position of a sequence, and the token that stands there.
+struct Row {
+  u32 token;
+  u32 position;
+  u32 slot;
+  u32 page;       // KV page of this position
+  u32 first_row;  // the first row of the same slot in this step; rows of a slot are neighbours, positions ascending
+  u32 samples;    // whether its logits are sampled
+};
+
+struct SlotState;  // mailbox.cuh
+
+// The head of shared memory; the big arrays follow at the offsets in Shape.
+struct Shared {
+  u64 full[kMaxStages];   // bulk copies -> consumers: the stage's tile is here
+  u64 empty[kMaxStages];  // consumer warps -> producer: the stage may be overwritten
+  u64 done[kPartSlots];   // consumer warps -> the warp that adds: all partial sums of a unit are here
+  u64 free[kPartSlots];   // the warp that adds -> consumer warps: they have been read
+  u64 step_begin;         // consumers -> producer: plan read, KV pages of earlier steps may be streamed
+  u64 step_end[2];        // consumers -> mailbox, by step parity: the step's tokens are in `tokens`
+  int unit[kMaxStages];   // what the stage holds: a unit's index, or one of the marks below
+  u32 plan[kMaxPlanWords];
+  u32 num_rows, num_sampling, command;
+  Row rows[kMaxRows];
+  u32 tokens[2][kMaxRows];  // by step parity: what the step sampled
+  float norm_sums[kMaxRows][kConsumerWarps];
+  u64 best[kMaxRows][kConsumerWarps];
+  alignas(16) char mailbox[kSharedMailboxBytes];  // struct MailboxState of rank 0's block 0
+};
+static_assert(sizeof(Shared) <= kSharedHeaderBytes, "raise SHARED_HEADER_BYTES in abi.py");
+
+constexpr int kUnitEnd = -1;   // no more units of this phase for this block
+constexpr int kUnitNorm = -2;  // RMSNorm weights
+constexpr int kUnitPage = -3;  // a KV page
+
+// A position in the ring, kept by everyone who walks it.
+struct RingCursor {
+  int stage = 0;
+  u32 parity = 0;
+};
+DEV void advance(RingCursor& at) {
+  if (++at.stage == (int)shape().ring_stages) at.stage = 0, at.parity ^= 1;
+}
+
+struct Block {
+  const RankParams* params;
+  Shared* shared;
+  char* memory;  // all of shared memory
+  Waiter waiter;
+  int index;   // of the rank's blocks
+  int warp;    // consumers: 0 .. kConsumerWarps - 1
+  int lane;
+  int thread;  // consumers: 0 .. kConsumerThreads - 1
+  u32 step;
+  RingCursor ring;
+  u32 num_units;  // units this warp has seen: names the part slot and the warp that adds
+};
+
+DEV int num_rows(const Block& b) { return shape().max_rows == 1 ? 1 : (int)b.shared->num_rows; }
+
+// ---------------------------------------------------------------------------------------------- addresses
+DEV u64* words_of(const Block& b, u32 rank, u32 offset) { return (u64*)b.params->peers[rank] + offset; }
+DEV u64* own_words(const Block& b, u32 offset) { return words_of(b, b.params->rank, offset); }
+DEV u32* abort_word(const RankParams* p, u32 rank) { return (u32*)((u64*)p->peers[rank] + shape().off_abort); }
+
+// bf16 [K / 32, max_rows, 32]: the rows' activations, in the order the tensor core takes them
+DEV char* activations(const Block& b) { return b.memory + shape().smem_x; }
+DEV int activation_offset(int row, int k) { return ((k / 32 * (int)shape().max_rows + row) * 32 + k % 32) * 2; }
+// float [PART_SLOTS, CONSUMER_WARPS, max_rows, 8]
+DEV float* partial_sums(const Block& b, int slot, int warp) {
+  return (float*)(b.memory + shape().smem_part) + (slot * kConsumerWarps + warp) * (int)shape().max_rows * kUnitRows;
+}
+DEV float* residual(const Block& b) { return (float*)(b.memory + shape().smem_residual); }  // see exchange.cuh
+DEV float2* rope_rows(const Block& b) { return (float2*)(b.memory + shape().smem_rope); }   // [max_rows, head_dim / 2] cos, sin
+DEV char* ring_stage(const Block& b, int stage) { return b.memory + shape().smem_ring + stage * kStageBytes; }
+
+// ---------------------------------------------------------------------------------------------- epochs
+// Every use of a buffer has an epoch of its own: one a layer, one for what follows the last layer. 0 is never used, so zeroed
+// memory never matches. Epochs are compared for equality; a launch ends long before they wrap (mailbox.cuh).
+DEV u32 epochs_per_step() { return shape().num_layers + 2; }
+DEV u32 layer_epoch(u32 step, u32 layer) { return step * epochs_per_step() + layer + 1; }
+DEV u32 plan_epoch(u32 step) { return step + 1; }
+
+// Tests run one phase of one layer alone; a build for that has only_phase set, all others fold these to constants.
+DEV bool runs(Phase phase) { return shape().only_phase == 0 || shape().only_phase == 1 + (u32)phase; }
+DEV u32 first_layer() { return shape().only_phase ? shape().only_layer : 0; }
+DEV u32 end_layer() { return shape().only_phase ? shape().only_layer + 1 : shape().num_layers; }
+
+DEV u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
+DEV u32 larger(u32 a, u32 b) { return a > b ? a : b; }
+DEV u32 divide_up(u32 a, u32 b) { return (a + b - 1) / b; }
+
+// A vote of the consumers, which is also a barrier: true while none of them has given up. All leave together or none does.
+DEV bool all_well(const Block& b) { return !consumer_any(b.waiter.failed); }
+
+}  // namespace imex

@@ -1,0 +1,332 @@
+// The primitives on a GPU. All PTX of the project is in this file; sim/primitives.cuh has the same functions for a CPU.
+#pragma once
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#include "abi.cuh"
+
+#define DEV static __device__ __forceinline__
+#define DEV_CALL static __device__ __noinline__
+#define KERNEL extern "C" __global__ void __launch_bounds__(imex::kThreads, 1)
+#define GRID_CONSTANT __grid_constant__
+#define UNROLL _Pragma("unroll")
+
+namespace imex {
+
+constexpr int LANES = 32;
+constexpr int kThreads = (kConsumerWarps + 2) * LANES;
+
+// ---------------------------------------------------------------------------------------------- who am I
+// The sizes this kernel was built for: compile-time constants here, fields of a struct in the simulator.
+DEV constexpr Shape shape() { return Shape IMEX_SHAPE; }
+DEV int grid_block() { return blockIdx.x; }  // counts the blocks of every rank of this launch
+DEV int warp_index() { return threadIdx.x / LANES; }
+DEV int lane_index() { return threadIdx.x % LANES; }
+DEV char* shared_memory() {
+  extern __shared__ __align__(1024) char dynamic_shared[];
+  return dynamic_shared;
+}
+DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// ---------------------------------------------------------------------------------------------- numbers
+DEV float bits_float(u32 v) { return __uint_as_float(v); }
+DEV u32 float_bits(float v) { return __float_as_uint(v); }
+DEV float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
+DEV float bf16_high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+DEV u32 pack_bf16(float low, float high) {  // round to nearest even
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+DEV float fast_exp(float x) { return __expf(x); }
+DEV float reciprocal_sqrt(float x) { return rsqrtf(x); }
+
+// ---------------------------------------------------------------------------------------------- global memory
+// Constants of the run (weights, norms, RoPE): never written while the kernel is resident, so the read-only path may cache them.
+DEV u32 load_const(const u32* p) { return __ldg(p); }
+DEV u64 load_const(const u64* p) { return __ldg(p); }
+DEV float2 load_const(const float2* p) { return __ldg(p); }
+// Plain accesses: ordered only by the fences of the KV rule (kv.cuh).
+DEV u32 load_global(const u32* p) { return *(const volatile u32*)p; }
+DEV void store_global(u32* p, u32 v) { *p = v; }
+DEV void store_global(u16* p, u16 v) { *p = v; }
+DEV void store_global(float* p, float v) { *p = v; }
+
+DEV u32 load_relaxed_sys(const u32* p) {
+  u32 v;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+DEV void store_relaxed_sys(u32* p, u32 v) { asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+DEV void store_release_sys(u32* p, u32 v) { asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+DEV u32 atomic_add_gpu(u32* p, u32 v) {
+  u32 old;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+  return old;
+}
+DEV u32 atomic_exchange_sys(u32* p, u32 v) {
+  u32 old;
+  asm volatile("atom.relaxed.sys.global.exch.b32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+  return old;
+}
+
+// A tagged word is one 64-bit store: {payload, epoch}. Two neighbours travel in one 128-bit access, which may tear into its halves,
+// each of which is a whole word; so nothing is ever promised that PTX does not (a vector access is a set of scalar ones).
+DEV void store_word(u64* p, u32 payload, u32 epoch) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"((u64)epoch << 32 | payload) : "memory");
+}
+DEV void store_words(u64* p, u32 first, u32 second, u32 epoch) {
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(p), "l"((u64)epoch << 32 | first),
+               "l"((u64)epoch << 32 | second)
+               : "memory");
+}
+DEV void load_words(const u64* p, u64& first, u64& second) {
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(p) : "memory");
+}
+
+// ---------------------------------------------------------------------------------------------- fences
+DEV void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+DEV void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+DEV void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+DEV void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---------------------------------------------------------------------------------------------- waiting
+// What a wait needs to give up: whose abort word to look at, how long to be patient, whom to name. See faults.cuh.
+struct Waiter {
+  const RankParams* params;
+  u32 block;   // of the rank
+  u32 layer;
+  Phase phase;
+  bool failed;  // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
+};
+// Called every so many failed polls, with when the wait began; true when the wait must end without what it waited for.
+// `idle` waits (for the next plan, and for whoever waits for those who do) have no deadline: only the abort word ends them.
+// A call with plain numbers, so that no Waiter needs an address and the fast path keeps everything in registers.
+DEV bool give_up(const RankParams* params, u32 block, u32 layer, Phase phase, Wait kind, bool idle, u32 source, u32 expected,
+                      u32 seen, u64 began_ns);
+DEV bool gave_up(Waiter& w, Wait kind, bool idle, u32 source, u32 expected, u32 seen, u64 began_ns) {
+  return w.failed = give_up(w.params, w.block, w.layer, w.phase, kind, idle, source, expected, seen, began_ns);
+}
+DEV u64 timer_ns() {
+  u64 t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return t;
+}
+constexpr u32 kPollsPerCheck = 256;  // the abort word and the clock are looked at this seldom, off the fast path
+#define IMEX_SPIN(waiter, ready, over)                          \
+  for (u64 polls_ = 0, began_ = 0; !(ready) && !(waiter).failed;) { \
+    if (++polls_ % kPollsPerCheck) continue;                    \
+    if (!began_) began_ = timer_ns();                           \
+    if (over) break;                                            \
+  }
+
+// Waits until the words at address(0) .. address(count - 1) and their right neighbours all carry `epoch`; payloads in `out`.
+// All loads of a poll are in flight together. count <= N; source(i) names the rank that owes word i.
+template <int N, class Address, class Source>
+DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source, u32 (&out)[N][2]) {
+  u64 word[N][2];
+  auto ready = [&] {
+    u32 wrong = 0;
+    UNROLL for (int i = 0; i < N; i++)
+      if (i < count) load_words(address(i), word[i][0], word[i][1]);
+    UNROLL for (int i = 0; i < N; i++)
+      if (i < count) wrong |= ((u32)(word[i][0] >> 32) ^ epoch) | ((u32)(word[i][1] >> 32) ^ epoch);
+    return wrong == 0;
+  };
+  u32 from = 0, seen = 0;
+  auto missing = [&] {  // the tag of the first word that is not there yet, and who owes it
+    UNROLL for (int i = N - 1; i >= 0; i--) UNROLL for (int j = 1; j >= 0; j--)
+      if (i < count && (u32)(word[i][j] >> 32) != epoch) from = source(i), seen = (u32)(word[i][j] >> 32);
+    return true;
+  };
+  IMEX_SPIN(w, ready(), missing() && gave_up(w, kind, idle, from, epoch, seen, began_));
+  UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < 2; j++) out[i][j] = i < count ? (u32)word[i][j] : 0;
+}
+DEV void mailbox_pause(u32 idle_polls) {  // between two looks at the descriptor ring; sleeps only after about 1 ms without news
+  if (idle_polls > 1000) __nanosleep(500);
+}
+
+// ---------------------------------------------------------------------------------------------- inside a block
+DEV void block_sync() { __syncthreads(); }
+DEV void consumer_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumerWarps * LANES) : "memory"); }
+DEV bool consumer_any(bool mine) {  // a barrier, and whether any consumer said yes
+  u32 any;
+  asm volatile(
+      "{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.cta.red.or.pred q, 1, %2, p; selp.u32 %0, 1, 0, q; }"
+      : "=r"(any)
+      : "r"((u32)mine), "n"(kConsumerWarps * LANES)
+      : "memory");
+  return any;
+}
+DEV void warp_sync() { __syncwarp(); }
+DEV u32 shuffle(u32 v, int lane) { return __shfl_sync(~0u, v, lane); }
+DEV float warp_sum(float v) {
+  UNROLL for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+  return v;
+}
+DEV float warp_max(float v) {
+  UNROLL for (int o = 16; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, o));
+  return v;
+}
+DEV u64 warp_max(u64 v) {
+  UNROLL for (int o = 16; o; o >>= 1) {
+    u64 other = __shfl_xor_sync(~0u, v, o);
+    v = other > v ? other : v;
+  }
+  return v;
+}
+
+// ---------------------------------------------------------------------------------------------- mbarriers and bulk copies
+DEV void mbar_init(u64* bar, u32 count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory"); }
+DEV void mbar_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEV void mbar_arrive(u64* bar) { asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory"); }
+DEV void mbar_arrive_expect(u64* bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
+}
+DEV bool mbar_test(u64* bar, u32 parity) {  // has the phase of this parity completed?
+  u32 done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(shared_address(bar)), "r"(parity)
+      : "memory");
+  return done;
+}
+DEV void mbar_wait(Waiter& w, Wait kind, bool idle, u64* bar, u32 parity) {
+  IMEX_SPIN(w, mbar_test(bar, parity), gave_up(w, kind, idle, w.params->rank, parity, parity ^ 1, began_));
+}
+// Waits for copies that are certain to end, whatever has failed: nothing may land in shared memory after the block has gone.
+DEV void mbar_drain(u64* bar, u32 parity) {
+  while (!mbar_test(bar, parity)) {
+  }
+}
+// Asynchronous copy into shared memory; its bytes complete on `bar`. Both addresses and the size are multiples of 16.
+DEV void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
+  constexpr u64 kEvictFirst = 0x12F0000000000000ull;  // a cache policy as createpolicy makes it: read once, do not keep
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(bar)), "l"(kEvictFirst)
+      : "memory");
+}
+
+// ---------------------------------------------------------------------------------------------- tensor cores
+DEV void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// What one warp has summed of a unit: [rows of the step, 8 output rows] over its share of K.
+struct Accum {
+  float c[4][4];  // four chains, so that a multiply need not wait for the one before
+};
+DEV void accum_zero(Accum& acc) {
+  UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++) acc.c[i][j] = 0.f;
+}
+// Adds tile x activations for the 32-wide chunks first, first + step, … < chunks (at most TILE_K / 32; step is CONSUMER_WARPS).
+// tile: bf16 [chunks, 8, 32]; x: bf16 [chunks, max_rows, 32]; rows: how many of max_rows are live.
+DEV void accum_multiply(Accum& acc, const char* tile, const char* x, int first, int step, int chunks, int rows) {
+  constexpr int kRows = shape().max_rows;
+  const int lane = lane_index(), row = lane / 4, quarter = lane % 4;
+  const uint4* w = (const uint4*)tile + lane;  // lane (n, quarter) of a chunk: 8 consecutive k of output row n
+  const uint4* a = (const uint4*)x + quarter;
+  UNROLL for (int j = 0; j < kTileK / 32 / kConsumerWarps; j++) {  // a constant count, so that the chains stay in registers
+    const int c = first + j * step;
+    if (c >= chunks) continue;
+    const uint4 b = w[c * 32], zero = {0, 0, 0, 0};
+    // The k order inside a chunk is the same permutation for both operands, so any fixed one is right.
+    const uint4 low = kRows == 1 ? a[c * 4] : (row < rows ? a[(c * kRows + row) * 4] : zero);
+    const uint4 high = kRows <= 8 ? zero : (row + 8 < rows ? a[(c * kRows + row + 8) * 4] : zero);
+    mma_bf16(acc.c[2 * j % 4], low.x, high.x, low.y, high.y, b.x, b.y);
+    mma_bf16(acc.c[2 * j % 4 + 1], low.z, high.z, low.w, high.w, b.z, b.w);
+  }
+}
+// part: float [max_rows, 8] in shared memory.
+DEV void accum_store(const Accum& acc, float* part, int rows) {
+  const int row = lane_index() / 4, column = 2 * (lane_index() % 4);
+  float s[4];
+  UNROLL for (int j = 0; j < 4; j++) s[j] = (acc.c[0][j] + acc.c[1][j]) + (acc.c[2][j] + acc.c[3][j]);
+  if (row < rows) *(float2*)(part + row * 8 + column) = make_float2(s[0], s[1]);
+  if (row + 8 < rows) *(float2*)(part + (row + 8) * 8 + column) = make_float2(s[2], s[3]);
+}
+
+// One warp's running softmax over the chunks it has seen, for up to 16 query heads of one KV head: maximum, sum, weighted values.
+struct Flash {
+  float max[2], sum[2];      // heads lane / 4 and lane / 4 + 8; `sum` holds this lane's positions only
+  float out[kMaxHeadDim / 8][4];
+};
+DEV void flash_zero(Flash& f) {
+  f.max[0] = f.max[1] = kMinusInfinity;
+  f.sum[0] = f.sum[1] = 0.f;
+  UNROLL for (int i = 0; i < kMaxHeadDim / 8; i++) UNROLL for (int j = 0; j < 4; j++) f.out[i][j] = 0.f;
+}
+// Attends to the first `valid` of a chunk's 32 positions. q: bf16 [head_dim / 32, heads, 32] in shared memory; chunk: K then V
+// in the order of packing.py: lane (n, quarter) finds 8 consecutive dims of a K row, or 8 consecutive positions of a V dim, in one
+// 16-byte load, and the scores of its four K units are exactly the operand it needs for V: no shared memory in between.
+DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int heads, int valid, float scale) {
+  constexpr int kDim = shape().head_dim;
+  const int lane = lane_index(), row = lane / 4, quarter = lane % 4;
+  const uint4 zero = {0, 0, 0, 0};
+  float s[4][4];
+  UNROLL for (int u = 0; u < 4; u++) UNROLL for (int j = 0; j < 4; j++) s[u][j] = 0.f;
+  UNROLL for (int c = 0; c < kDim / 32; c++) {
+    const uint4 low = row < heads ? ((const uint4*)q)[(c * heads + row) * 4 + quarter] : zero;
+    const uint4 high = row + 8 < heads ? ((const uint4*)q)[(c * heads + row + 8) * 4 + quarter] : zero;
+    UNROLL for (int u = 0; u < 4; u++) {
+      const uint4 b = ((const uint4*)chunk)[(u * (kDim / 32) + c) * 32 + lane];
+      mma_bf16(s[u], low.x, high.x, low.y, high.y, b.x, b.y);
+      mma_bf16(s[u], low.z, high.z, low.w, high.w, b.z, b.w);
+    }
+  }
+  u32 p[2][4];
+  UNROLL for (int h = 0; h < 2; h++) {
+    float m = f.max[h];
+    UNROLL for (int u = 0; u < 4; u++) UNROLL for (int j = 0; j < 2; j++) {
+      float& v = s[u][2 * h + j];  // position 8 * quarter + 2 * u + j
+      v = 8 * quarter + 2 * u + j < valid ? v * scale : kMinusInfinity;
+      m = fmaxf(m, v);
+    }
+    m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+    m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+    const float keep = __expf(f.max[h] - m);
+    f.max[h] = m;
+    float sum = 0.f;
+    UNROLL for (int u = 0; u < 4; u++) {
+      const float e0 = __expf(s[u][2 * h] - m), e1 = __expf(s[u][2 * h + 1] - m);
+      sum += e0 + e1;
+      p[h][u] = pack_bf16(e0, e1);
+    }
+    f.sum[h] = f.sum[h] * keep + sum;
+    UNROLL for (int i = 0; i < kDim / 8; i++) {
+      f.out[i][2 * h] *= keep;
+      f.out[i][2 * h + 1] *= keep;
+    }
+  }
+  const uint4* v = (const uint4*)(chunk + 64 * kDim);
+  UNROLL for (int i = 0; i < kDim / 8; i++) {
+    const uint4 b = v[i * 32 + lane];
+    mma_bf16(f.out[i], p[0][0], p[1][0], p[0][1], p[1][1], b.x, b.y);
+    mma_bf16(f.out[i], p[0][2], p[1][2], p[0][3], p[1][3], b.z, b.w);
+  }
+}
+// merge: float [heads, head_dim + 2] of this warp in shared memory: values, then maximum and sum.
+DEV void flash_store(const Flash& f, float* merge, int heads) {
+  constexpr int kDim = shape().head_dim;
+  const int lane = lane_index(), row = lane / 4, quarter = lane % 4;
+  UNROLL for (int h = 0; h < 2; h++) {
+    float sum = f.sum[h];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    const int head = row + 8 * h;
+    if (head >= heads) continue;
+    float* to = merge + head * (kDim + 2);
+    UNROLL for (int i = 0; i < kDim / 8; i++) *(float2*)(to + 8 * i + 2 * quarter) = make_float2(f.out[i][2 * h], f.out[i][2 * h + 1]);
+    if (quarter == 0) *(float2*)(to + kDim) = make_float2(f.max[h], sum);
+  }
+}
+
+}  // namespace imex

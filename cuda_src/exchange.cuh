@@ -1,0 +1,125 @@
+// The implicit exchange: o_proj and down_proj end in partial sums that every rank needs summed. Each unit's sums leave the SM that
+// made them as tagged words, straight into the memory of whoever adds, as soon as they exist; the next phase waits for them.
+//
+//   ONE_SHOT        every block of every rank reads every rank's words and adds them itself: one hop, most reads
+//   ONE_SHOT_LOCAL  in each rank, a block owns a slice of the vector: it adds the words of all ranks and publishes the slice to the
+//                   blocks of its own GPU: two hops, one of them short, few reads
+//   TWO_SHOT        a slice has one owner in the whole group, which publishes to all ranks: the fewest words over the links
+//
+// Sums run over the sources in rank order, so all ranks hold the same bits, and all three give the same bits: the residual stays
+// fp32 and is never rounded, what the next phase sees of it is rounded to bf16 whoever added.
+// The residual lives where it is summed: replicated [rows, hidden] (ONE_SHOT), or the owned slice [rows, owned] (the others).
+//
+// Condition C, why one buffer each is enough. A block may overwrite words of layer l (as it does in layer l + 1) only when every
+// block has read them. Let X be a block that writes o_part of layer l + 1. It has passed the receive of down_part of layer l, so
+// (directly, or through owners who did) it has waited for down_part words from every block of every rank: each block publishes in
+// both projections, its first unit being its own (stream.cuh; the planner keeps grid <= hidden / 8). A block publishes those only
+// after all its consumers left the gather of gate words, hence after they read o_part (and o_sum) of layer l: a consumer barrier
+// lies between, and a store is never performed before a load whose value decided the loop before it. The same argument with the
+// names exchanged covers down_part, o_sum and down_sum, qkv, split, attn and gate. o_sum and down_sum are two buffers because the
+// owner of a slice waits only for that slice's words: with one, it could publish down sums while a late block still reads o sums.
+#pragma once
+#include "words.cuh"
+
+namespace imex {
+
+struct Exchange {
+  u32 part_offset;  // [sources, max_rows, hidden] fp32 words
+  u32 sum_offset;   // [max_rows, hidden / 2] bf16 pair words
+  u32 slices;       // parts of K that are summed like ranks
+};
+DEV Exchange o_exchange() { return {shape().off_o_part, shape().off_o_sum, 1}; }
+DEV Exchange down_exchange() { return {shape().off_down_part, shape().off_down_sum, shape().down_slices}; }
+
+DEV bool one_shot(const Block& b) { return num_rows(b) <= (int)shape().one_shot_rows; }
+DEV bool two_shot() { return shape().strategy == (u32)Strategy::kTwoShot; }
+
+// Slices: pairs of the hidden vector, dealt in equal runs to the blocks of a rank, or of all ranks.
+DEV int num_owners() { return shape().num_blocks * (two_shot() ? shape().world_size : 1); }
+DEV int owned_pairs() { return divide_up(shape().hidden_size / 2, num_owners()); }
+DEV int owner_index(const Block& b) { return b.index + (two_shot() ? b.params->rank * shape().num_blocks : 0); }
+
+// Sends the partial sums of outputs n and n + 1 of a row to whoever adds them.
+DEV void push_partial(const Block& b, Exchange x, u32 slice, int row, int n, float2 sum, u32 epoch) {
+  const u32 source = b.params->rank * x.slices + slice;
+  const u32 at = x.part_offset + (source * shape().max_rows + row) * shape().hidden_size + n;
+  const bool to_one = two_shot() && !one_shot(b);
+  const u32 owner = to_one ? n / 2 / owned_pairs() / shape().num_blocks : 0;
+  for (u32 r = to_one ? owner : 0; r < (to_one ? owner + 1 : shape().world_size); r++)
+    store_words(words_of(b, r, at), float_bits(sum.x), float_bits(sum.y), epoch);
+}
+
+// Adds the partial sums of pair `pair(i)` of row `row(i)`, i < count, over all sources in order; use(i, sum).
+template <class RowOf, class PairOf, class Use>
+DEV void add_sources(Block& b, Exchange x, u32 epoch, int count, RowOf row, PairOf pair, Use use) {
+  const int sources = shape().world_size * x.slices;
+  float2 sum = {0.f, 0.f};
+  gather(
+      b, epoch, count * sources,
+      [&](int i) {
+        const int item = i / sources, source = i % sources;
+        return own_words(b, x.part_offset + (source * shape().max_rows + row(item)) * shape().hidden_size + 2 * pair(item));
+      },
+      [&](int i) { return (u32)(i % sources) / x.slices; },
+      [&](int i, u32 first, u32 second) {
+        const bool start = i % sources == 0;
+        sum.x = (start ? 0.f : sum.x) + bits_float(first);
+        sum.y = (start ? 0.f : sum.y) + bits_float(second);
+        if (i % sources == sources - 1) use(i / sources, sum);
+      });
+}
+
+// Takes in the exchange of `epoch`: adds it to the residual and leaves the residual, rounded to bf16, as the activations of every
+// row. All consumers; false when the block must leave.
+DEV bool receive(Block& b, Exchange x, u32 epoch) {
+  const int rows = num_rows(b), hidden = shape().hidden_size, pairs = hidden / 2;
+  if (one_shot(b)) {
+    const int total = rows * pairs;
+    consumer_sync();  // the phase before has read the activations
+    auto at = [&](int i) { return (int)smaller(b.thread + i * kConsumerThreads, total - 1); };
+    add_sources(
+        b, x, epoch, divide_up(total, kConsumerThreads), [&](int i) { return at(i) / pairs; }, [&](int i) { return at(i) % pairs; },
+        [&](int i, float2 sum) {
+          if (b.thread + i * kConsumerThreads >= total) return;
+          const int row = at(i) / pairs, n = at(i) % pairs * 2;
+          float2* r = (float2*)(residual(b) + row * hidden + n);
+          const float2 v = {r->x + sum.x, r->y + sum.y};
+          *r = v;
+          *(u32*)(activations(b) + activation_offset(row, n)) = pack_bf16(v.x, v.y);
+        });
+    return all_well(b);
+  }
+  const int mine = owned_pairs(), begin = owner_index(b) * mine, owned = (int)smaller(begin + mine, pairs) - begin;
+  if (owned > 0) {
+    const int total = rows * owned;
+    auto at = [&](int i) { return (int)smaller(b.thread + i * kConsumerThreads, total - 1); };
+    add_sources(
+        b, x, epoch, divide_up(total, kConsumerThreads), [&](int i) { return at(i) / owned; },
+        [&](int i) { return begin + at(i) % owned; },
+        [&](int i, float2 sum) {
+          if (b.thread + i * kConsumerThreads >= total || b.waiter.failed) return;
+          const int row = at(i) / owned, pair = at(i) % owned;
+          float2* r = (float2*)(residual(b) + (row * mine + pair) * 2);
+          const float2 v = {r->x + sum.x, r->y + sum.y};
+          *r = v;
+          const u32 to = x.sum_offset + row * pairs + begin + pair;
+          for (u32 p = 0; p < shape().world_size; p++)
+            if (two_shot() || p == b.params->rank) store_word(words_of(b, p, to), pack_bf16(v.x, v.y), epoch);
+        });
+  }
+  return gather_activations(b, epoch, own_words(b, x.sum_offset), pairs, pairs);
+}
+
+// Puts a value of the residual where `receive` will look for it: outputs n .. n + 3 of a row. `embed` starts every step with it.
+DEV void set_residual(Block& b, int row, int n, const float (&v)[4]) {
+  if (one_shot(b)) {
+    float* r = residual(b) + row * shape().hidden_size + n;
+    for (int i = 0; i < 4; i++) r[i] = v[i];
+    return;
+  }
+  const int mine = 2 * owned_pairs(), begin = owner_index(b) * mine;
+  for (int i = 0; i < 4; i++)
+    if (n + i >= begin && n + i < begin + mine) residual(b)[row * mine + n + i - begin] = v[i];
+}
+
+}  // namespace imex

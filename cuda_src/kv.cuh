@@ -1,0 +1,49 @@
+// KV pages: where they are, the order inside, and the one fence on the token path.
+//
+// A page belongs to one KV head of one layer: page_size positions in chunks of 32, each chunk K then V. In K, a unit of eight
+// positions is a tensor-core tile like a weight tile; which eight follows from flash_chunk: lane (n, quarter) must end up with
+// the scores of positions 8 * quarter .. + 7. V is transposed, [head_dim, 32 positions].
+//
+// The KV rule. A step's k and v travel to its own attention as words; pages are written by plain stores (append_kv) and read in
+// later steps by bulk copies, the async proxy, of other SMs. Words order nothing but themselves, so:
+//   writer: all its stores, consumer barrier, fence.proxy.async + fence.acq_rel.gpu, then its word of `sample`;
+//   reader: has that word of every block, fence.acq_rel.gpu, mbarrier to its producer, fence.proxy.async, then the copy.
+// Weights never wait for this: the producer meets it at the first attention of a step, with layer 0's QKV already in the ring.
+// A page is never written while a copy of it is in flight: append_kv runs after o_proj's exchange, which every block enters only
+// after its attention of the layer, and its copies, are done (condition C, exchange.cuh).
+#pragma once
+#include "block.cuh"
+
+namespace imex {
+
+DEV int chunk_bytes() { return kChunk * (int)shape().head_dim * 4; }
+DEV int page_bytes() { return shape().page_size * (int)shape().head_dim * 4; }
+DEV char* page_at(const Block& b, u32 layer, u32 page, u32 kv_head) {
+  return (char*)b.params->kv + (((u64)layer * shape().num_pages + page) * shape().num_kv_heads + kv_head) * page_bytes();
+}
+// Byte offsets in a chunk of dimension d of position p (0 .. 31).
+DEV int key_offset(int p, int d) {
+  const int unit = p % 8 / 2, n = p / 8 * 2 + p % 2, dim = shape().head_dim;
+  return (((unit * (dim / 32) + d / 32) * 8 + n) * 32 + d % 32) * 2;
+}
+DEV int value_offset(int p, int d) { return (kChunk * (int)shape().head_dim + d * kChunk + p) * 2; }
+
+// The words of a row's k (or v) of one KV head in the QKV buffer: bf16 pairs [head_dim / 2].
+DEV u32 qkv_width() { return (shape().num_heads + 2 * shape().num_kv_heads) * shape().head_dim / 2; }
+DEV const u64* key_words(const Block& b, int row, int kv_head) {
+  return own_words(b, shape().off_qkv + row * qkv_width() + (shape().num_heads + kv_head) * (shape().head_dim / 2));
+}
+DEV const u64* value_words(const Block& b, int row, int kv_head) {
+  return key_words(b, row, kv_head) + shape().num_kv_heads * (shape().head_dim / 2);
+}
+
+// The physical page of a slot's page number `number`, as row `r` needs it: pages begun in this step are in the plan, older ones in
+// the table, written in an earlier step under the KV rule.
+DEV u32 find_page(const Block& b, int r, u32 number) {
+  const Row& row = b.shared->rows[r];
+  for (int i = r; i >= (int)row.first_row; i--)
+    if (b.shared->rows[i].position / shape().page_size == number) return b.shared->rows[i].page;
+  return load_global((u32*)b.params->page_table + row.slot * shape().pages_per_slot + number);
+}
+
+}  // namespace imex

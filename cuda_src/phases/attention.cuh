@@ -1,0 +1,262 @@
+// attention: q, KV pages -> head outputs. Work is dealt in items: (row, KV head, run of pages). Pages come through the ring; within a
+// block each warp attends to whole chunks of 32 positions on its own, and the block merges once. A context longer than one run is
+// merged again across blocks, by whoever owns the output. How a context is cut depends on the row's position alone, so its bits do
+// not depend on what else is in the step.
+#pragma once
+#include "../kv.cuh"
+#include "../stream.cuh"
+#include "../tap.cuh"
+#include "../words.cuh"
+
+namespace imex {
+
+constexpr int kMaxHeads = 16;        // query heads of one item: the tensor core's m = 16 operand
+constexpr int kSoloChunks = 8;       // contexts up to here are one run: one chunk a warp, and no second merge
+constexpr int kMinSplitChunks = 4;   // longer ones are cut into runs of at least so many chunks
+
+struct Item {
+  int row, kv_head, first_head, heads;  // query heads first_head .. + heads, all of this KV head
+  int split, splits;
+  int first_page, end_page;
+};
+
+DEV int group_size() { return shape().num_heads / shape().num_kv_heads; }
+DEV int head_blocks() { return divide_up(group_size(), kMaxHeads); }  // items of one KV head: more than one only above 16 heads
+DEV int pages_per_split(u32 position) {
+  const int page_chunks = shape().page_size / kChunk, pages = position / shape().page_size + 1;
+  if ((int)position / kChunk < kSoloChunks) return pages;
+  return larger(divide_up(kMinSplitChunks, page_chunks), divide_up(pages, shape().max_splits));
+}
+DEV int num_splits(u32 position) { return divide_up(position / shape().page_size + 1, pages_per_split(position)); }
+
+// Item number `index` of the step; false when there is none.
+DEV bool find_item(const Block& b, int index, Item& item) {
+  const int groups = shape().num_kv_heads * head_blocks();
+  for (int row = 0; row < num_rows(b); row++) {
+    const u32 position = b.shared->rows[row].position;
+    const int splits = num_splits(position), items = groups * splits;
+    if (index >= items) {
+      index -= items;
+      continue;
+    }
+    const int group = index / splits, per = pages_per_split(position), part = group % head_blocks();
+    item.row = row;
+    item.kv_head = group / head_blocks();
+    item.first_head = item.kv_head * group_size() + part * kMaxHeads;
+    item.heads = smaller(kMaxHeads, group_size() - part * kMaxHeads);
+    item.split = index % splits;
+    item.splits = splits;
+    item.first_page = item.split * per;
+    item.end_page = smaller(item.first_page + per, position / shape().page_size + 1);
+    return true;
+  }
+  return false;
+}
+
+DEV void stream_pages(Block& b, Producer& p) {
+  if (!runs(Phase::kAttention)) return;
+  Item item;
+  for (int i = b.index; find_item(b, i, item); i += shape().num_blocks)
+    for (int number = item.first_page; number < item.end_page && !b.waiter.failed; number++)
+      push_tile(b, p, kUnitPage, page_at(b, b.waiter.layer, find_page(b, item.row, number), item.kv_head), page_bytes());
+}
+
+// One warp completes a chunk in shared memory: k and v of positions that this step's rows bring are not in the page yet and come
+// as words; values of positions beyond `valid` are cleared, since a weight of zero does not erase what is not a number.
+DEV void complete_chunk(Block& b, const Item& item, char* chunk, int first_position, int valid, u32 epoch) {
+  const int dim = shape().head_dim;
+  const Row& row = b.shared->rows[item.row];
+  const int step_first = b.shared->rows[row.first_row].position;
+  for (int p = step_first > first_position ? step_first - first_position : 0; p < valid; p++) {
+    const int source = row.first_row + (first_position + p - step_first);
+    const int quads = dim / 4, total = 2 * quads;  // of k, then of v
+    gather<2>(
+        b, epoch, divide_up(total, LANES),
+        [&](int i) {
+          const int at = smaller(b.lane + i * LANES, total - 1);
+          return (at < quads ? key_words(b, source, item.kv_head) : value_words(b, source, item.kv_head)) + at % quads * 2;
+        },
+        [&](int) { return b.params->rank; },
+        [&](int i, u32 first, u32 second) {
+          const int at = b.lane + i * LANES, d = at % quads * 4;
+          if (at >= total) return;
+          if (at < quads) {
+            *(u64*)(chunk + key_offset(p, d)) = (u64)second << 32 | first;
+          } else {
+            *(u16*)(chunk + value_offset(p, d)) = (u16)first;
+            *(u16*)(chunk + value_offset(p, d + 1)) = (u16)(first >> 16);
+            *(u16*)(chunk + value_offset(p, d + 2)) = (u16)second;
+            *(u16*)(chunk + value_offset(p, d + 3)) = (u16)(second >> 16);
+          }
+        });
+  }
+  for (int d = b.lane; d < dim; d += LANES)
+    for (int p = valid; p < kChunk; p++) *(u16*)(chunk + value_offset(p, d)) = 0;
+  warp_sync();
+}
+
+// Where the block keeps an item: bf16 q [head_dim / 32, heads, 32], then float [CONSUMER_WARPS, heads, head_dim + 2].
+DEV char* item_query(const Block& b) { return activations(b); }
+DEV float* item_merge(const Block& b, const Item& item, int warp) {
+  const int dim = shape().head_dim;
+  return (float*)(activations(b) + dim * item.heads * 2) + warp * item.heads * (dim + 2);
+}
+DEV u32 split_words(const Item& item, int head, int split) {
+  return shape().off_split + ((item.row * shape().num_heads + head) * shape().max_splits + split) * (shape().head_dim + 2);
+}
+
+DEV bool attend(Block& b, const Item& item, u32 epoch) {
+  const int dim = shape().head_dim, pairs = item.heads * dim / 2;
+  consumer_sync();  // the activations have been read: q and the merge take their place
+  const u64* q = own_words(b, shape().off_qkv + item.row * qkv_width() + item.first_head * (dim / 2));
+  gather<2>(
+      b, epoch, divide_up(pairs / 2, kConsumerThreads),
+      [&](int i) { return q + 2 * smaller(b.thread + i * kConsumerThreads, pairs / 2 - 1); },
+      [&](int) { return b.params->rank; },
+      [&](int i, u32 first, u32 second) {
+        const int at = b.thread + i * kConsumerThreads, head = at / (dim / 4), d = at % (dim / 4) * 4;
+        if (at < pairs / 2) *(u64*)(item_query(b) + ((d / 32 * item.heads + head) * 32 + d % 32) * 2) = (u64)second << 32 | first;
+      });
+  if (!all_well(b)) return false;
+
+  Flash flash;
+  flash_zero(flash);
+  const int position = b.shared->rows[item.row].position, page_chunks = shape().page_size / kChunk;
+  const int step_first = b.shared->rows[b.shared->rows[item.row].first_row].position;
+  for (int page = item.first_page; page < item.end_page; page++) {
+    wait_stage(b);
+    if (b.waiter.failed) break;
+    for (int c = 0; c < page_chunks; c++) {
+      const int chunk = page * page_chunks + c, first = chunk * kChunk;
+      if (chunk % kConsumerWarps != b.warp || first > position) continue;
+      char* at = ring_stage(b, b.ring.stage) + c * chunk_bytes();
+      const int valid = smaller(kChunk, position + 1 - first);
+      if (first + kChunk > step_first) {  // the step's own positions lie at or beyond step_first
+        complete_chunk(b, item, at, first, valid, epoch);
+        flash_chunk(flash, item_query(b), at, item.heads, valid, shape().attn_scale);
+        fence_async_shared();  // this warp's plain writes to the stage, before a later bulk copy into it
+      } else {
+        flash_chunk(flash, item_query(b), at, item.heads, valid, shape().attn_scale);
+      }
+    }
+    release_stage(b);
+  }
+  flash_store(flash, item_merge(b, item, b.warp), item.heads);
+  consumer_sync();
+  for (int i = b.thread; i < pairs && !b.waiter.failed; i += kConsumerThreads) {
+    const int head = i / (dim / 2), d = i % (dim / 2) * 2;
+    float top = kMinusInfinity, sum = 0.f;
+    float2 v = {0.f, 0.f};
+    for (int w = 0; w < kConsumerWarps; w++) top = fmaxf(top, item_merge(b, item, w)[head * (dim + 2) + dim]);
+    for (int w = 0; w < kConsumerWarps; w++) {
+      const float* of = item_merge(b, item, w) + head * (dim + 2);
+      const float weight = fast_exp(of[dim] - top);
+      v.x += weight * of[d];
+      v.y += weight * of[d + 1];
+      sum += weight * of[dim + 1];
+    }
+    if (item.splits == 1) {
+      const u32 at = item.row * shape().num_heads * dim + (item.first_head + head) * dim + d;
+      store_word(own_words(b, shape().off_attn + at / 2), pack_bf16(v.x / sum, v.y / sum), epoch);
+      tap(b, Phase::kAttention, item.row, (item.first_head + head) * dim + d, v.x / sum);
+      tap(b, Phase::kAttention, item.row, (item.first_head + head) * dim + d + 1, v.y / sum);
+    } else {
+      u64* to = own_words(b, split_words(item, item.first_head + head, item.split));
+      store_words(to + d, float_bits(v.x), float_bits(v.y), epoch);
+      if (d == 0) store_words(to + dim, float_bits(top), float_bits(sum), epoch);
+    }
+  }
+  return true;
+}
+
+// Merges the runs of long contexts: a warp takes a pair of outputs, a lane a run. Spread over all blocks, in one hop.
+DEV void merge_splits(Block& b, u32 epoch) {
+  constexpr int kPerLane = kMaxSplits / LANES;
+  const int dim = shape().head_dim, pairs = shape().num_heads * dim / 2, stride = shape().num_blocks * kConsumerWarps;
+  for (int row = 0; row < num_rows(b); row++) {
+    const int splits = num_splits(b.shared->rows[row].position);
+    if (splits == 1) continue;
+    for (int pair = b.index + shape().num_blocks * b.warp; pair < pairs && !b.waiter.failed; pair += stride) {
+      Item item;
+      item.row = row;
+      const int head = pair / (dim / 2), d = pair % (dim / 2) * 2;
+      float top = kMinusInfinity, sum = 0.f;
+      float2 part[kPerLane], scale[kPerLane], v = {0.f, 0.f};
+      UNROLL for (int j = 0; j < kPerLane; j++) {
+        const int split = smaller(b.lane + j * LANES, splits - 1);
+        const u64* from = own_words(b, split_words(item, head, split));
+        u32 words[2][2];
+        wait_words<2>(
+            b.waiter, Wait::kWords, false, epoch, 2, [&](int i) { return from + (i ? dim : d); },
+            [&](int) { return b.params->rank; }, words);
+        const bool mine = b.lane + j * LANES < splits;
+        part[j] = make_float2(bits_float(words[0][0]), bits_float(words[0][1]));
+        scale[j] = make_float2(mine ? bits_float(words[1][0]) : kMinusInfinity, mine ? bits_float(words[1][1]) : 0.f);
+        top = fmaxf(top, scale[j].x);
+      }
+      top = warp_max(top);
+      UNROLL for (int j = 0; j < kPerLane; j++) {
+        const float weight = scale[j].y > 0.f ? fast_exp(scale[j].x - top) : 0.f;
+        v.x += weight * part[j].x;
+        v.y += weight * part[j].y;
+        sum += weight * scale[j].y;
+      }
+      v.x = warp_sum(v.x);
+      v.y = warp_sum(v.y);
+      sum = warp_sum(sum);
+      if (b.lane == 0 && !b.waiter.failed) {
+        const u32 at = row * shape().num_heads * dim + head * dim + d;
+        store_word(own_words(b, shape().off_attn + at / 2), pack_bf16(v.x / sum, v.y / sum), epoch);
+        tap(b, Phase::kAttention, row, head * dim + d, v.x / sum);
+        tap(b, Phase::kAttention, row, head * dim + d + 1, v.y / sum);
+      }
+    }
+  }
+}
+
+DEV bool attention(Block& b) {
+  if (!runs(Phase::kAttention)) return true;
+  b.waiter.phase = Phase::kAttention;
+  const u32 epoch = layer_epoch(b.step, b.waiter.layer);
+  Item item;
+  for (int i = b.index; find_item(b, i, item); i += shape().num_blocks)
+    if (!attend(b, item, epoch)) return false;
+  merge_splits(b, epoch);  // after all items of this block: no block waits for a run while one of its own is still to come
+  return true;
+}
+
+// Writes the step's k and v to their pages, in time for the next step. Called after gate_up, whose input every block could only make
+// once all had finished this layer's attention; the words stay until down_proj's exchange.
+DEV void append_kv(Block& b) {
+  if (!runs(Phase::kAttention)) return;
+  const int dim = shape().head_dim, quads = dim / 4, kv_heads = shape().num_kv_heads, items = num_rows(b) * kv_heads;
+  const u32 epoch = layer_epoch(b.step, b.waiter.layer);
+  for (int i = b.index; i < items; i += shape().num_blocks) {
+    const int row = i / kv_heads, kv_head = i % kv_heads;
+    const u32 in_page = b.shared->rows[row].position % shape().page_size;
+    char* chunk = page_at(b, b.waiter.layer, b.shared->rows[row].page, kv_head) + in_page / kChunk * chunk_bytes();
+    const int p = in_page % kChunk, total = 2 * quads;
+    gather<2>(
+        b, epoch, divide_up(total, kConsumerThreads),
+        [&](int j) {
+          const int at = smaller(b.thread + j * kConsumerThreads, total - 1);
+          return (at < quads ? key_words(b, row, kv_head) : value_words(b, row, kv_head)) + at % quads * 2;
+        },
+        [&](int) { return b.params->rank; },
+        [&](int j, u32 first, u32 second) {
+          const int at = b.thread + j * kConsumerThreads, d = at % quads * 4;
+          if (at >= total || b.waiter.failed) return;
+          if (at < quads) {
+            store_global((u32*)(chunk + key_offset(p, d)), first);
+            store_global((u32*)(chunk + key_offset(p, d + 2)), second);
+          } else {
+            store_global((u16*)(chunk + value_offset(p, d)), (u16)first);
+            store_global((u16*)(chunk + value_offset(p, d + 1)), (u16)(first >> 16));
+            store_global((u16*)(chunk + value_offset(p, d + 2)), (u16)second);
+            store_global((u16*)(chunk + value_offset(p, d + 3)), (u16)(second >> 16));
+          }
+        });
+  }
+}
+
+}  // namespace imex

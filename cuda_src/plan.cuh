@@ -1,0 +1,57 @@
+// The plan of a step: which rows it has. Rank 0's mailbox publishes it as words to every rank, one step ahead, so that all ranks run
+// the same rows and admission costs no latency; every block reads it here.
+#pragma once
+#include "block.cuh"
+
+namespace imex {
+
+DEV u32 plan_width() { return kPlanHeaderWords + kPlanRowWords * shape().max_rows; }
+DEV u32 plan_offset(u32 step) { return shape().off_plan + (step & 1) * plan_width(); }
+
+// Waits for the step's plan, for as long as nobody has a request. All consumers; false when the block must leave.
+// Two buffers, by parity: the mailbox writes the plan of step s + 2 after its block passed `sample` of step s, which waited for a
+// word of every block of every rank, and each block read plan s before anything else of that step.
+DEV bool begin_step(Block& b) {
+  b.waiter.phase = Phase::kEmbed;
+  b.waiter.layer = 0;
+  Shared& s = *b.shared;
+  for (u32 pair = b.thread; pair < plan_width() / 2; pair += kConsumerThreads) {
+    u32 words[1][2];
+    const u64* from = own_words(b, plan_offset(b.step) + 2 * pair);
+    wait_words<1>(
+        b.waiter, Wait::kPlan, true, plan_epoch(b.step), 1, [&](int) { return from; }, [&](int) { return 0u; }, words);
+    s.plan[2 * pair] = words[0][0];
+    s.plan[2 * pair + 1] = words[0][1];
+  }
+  if (!all_well(b)) return false;
+  if (b.thread == 0) {
+    s.num_rows = s.plan[0] & 0xffff;
+    s.command = s.plan[0] >> 16;
+    s.num_sampling = s.plan[1];
+  }
+  const int rows = s.plan[0] & 0xffff;
+  for (int r = b.thread; r < rows; r += kConsumerThreads) {
+    const u32* words = s.plan + kPlanHeaderWords + r * kPlanRowWords;
+    Row& row = s.rows[r];
+    row.token = words[0] & kTokenFromRow ? s.tokens[(b.step & 1) ^ 1][words[0] & 0xff] : words[0];
+    row.position = words[1];
+    row.slot = words[2] & ~kRowSamples;
+    row.samples = words[2] / kRowSamples;
+    row.page = words[3];
+    int first = r;
+    while (first > 0 && (words[2 - kPlanRowWords * (r - first + 1)] & ~kRowSamples) == row.slot) first--;
+    row.first_row = first;
+    if (b.index == 0)  // read by this rank's producers in later steps, under the KV rule
+      store_global((u32*)b.params->page_table + row.slot * shape().pages_per_slot + row.position / shape().page_size, row.page);
+  }
+  const int turns = shape().head_dim / 2;
+  for (int i = b.thread; i < rows * turns; i += kConsumerThreads) {
+    const u32 position = s.plan[kPlanHeaderWords + i / turns * kPlanRowWords + 1];
+    rope_rows(b)[i] = load_const((const float2*)b.params->rope + (u64)position * turns + i % turns);
+  }
+  consumer_sync();
+  if (b.thread == 0) mbar_arrive(&s.step_begin);
+  return true;
+}
+
+}  // namespace imex

@@ -1,0 +1,15 @@
+// What the kernel needs of a machine. Two bodies of the same functions: cuda/primitives.cuh holds all PTX of this project,
+// sim/primitives.cuh runs the same kernel on a CPU. Nothing outside them knows which machine it is on.
+//
+// A lane loop strides by LANES: 32 on CUDA and in the exact simulator, 1 in the fast one, where it becomes a loop over a whole vector.
+#pragma once
+
+namespace imex {
+constexpr float kMinusInfinity = -1e30f;  // of masked scores: finite, so that differences of two stay numbers
+}
+
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#include "cuda/primitives.cuh"
+#else
+#include "sim/primitives.cuh"
+#endif

@@ -1,0 +1,235 @@
+// The simulated machine: one fiber per CUDA thread (LANES = 32) or per warp (LANES = 1), blocks, and the launch they belong to.
+// The kernel sees none of this; primitives.cuh offers it the functions of a GPU on top. Nothing here needs libstdc++ at run time.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#include "../abi.cuh"
+
+#ifndef SIM_LANES
+#define SIM_LANES 1
+#endif
+
+namespace imex {
+
+constexpr int LANES = SIM_LANES;
+constexpr int kThreads = (kConsumerWarps + 2) * LANES;
+static_assert(LANES == 1 || LANES == 32, "a warp is simulated as one fiber or as 32");
+
+namespace sim {
+
+enum class Mode : u32 { kRoundRobin, kRandom, kPct };
+enum class OnDeadlock : u32 { kReport, kExpire };
+enum Status : int { kOk = 0, kMisuse = 1, kDeadlock = 2, kStopped = 3, kBusy = 4, kNoMemory = 5 };
+
+// How a launch is simulated. device/sim.py has the same fields in the same order; all 4 bytes but the seed.
+struct SimConfig {
+  u64 seed;
+  Mode mode;
+  u32 processes;      // ranks of other processes may write memory: re-poll parked word waits, count in wall time
+  u32 preempt;        // leave the fiber at one of so many memory operations; 0: only where it must wait
+  u32 delay_stores;   // weak memory: stores wait in their block's buffer, loads may be stale
+  u32 delay_copies;   // bulk copies land late and in pieces
+  u32 split_words;    // the halves of a 16-byte store of two words may land apart
+  u32 stalls;         // whole blocks stand still for a random while
+  u32 pct_depth;      // PCT: priority changes in a run
+  u32 pct_steps;      // PCT: dispatches among which the changes are spread
+  OnDeadlock on_deadlock;
+};
+static_assert(sizeof(SimConfig) == 48);
+
+enum class State : unsigned char { kReady, kParked, kDone };
+enum class Park : unsigned char { kNone, kWord, kMbar, kBarrier, kWarp, kIdle };
+
+struct Block;
+struct Warp;
+
+// What a parked fiber waits for: enough for a report, a deadline and the re-poll of memory that another process writes.
+struct WaitNote {
+  const void* address;  // of the word or mbarrier
+  Wait kind;
+  Phase phase;
+  u32 layer;
+  u32 source;    // rank that owes the word
+  u32 expected;  // epoch, or parity
+  u32 seen;
+  bool idle;
+  u64 began_ns;
+  u64 deadline_ns;
+};
+
+struct Fiber {
+  void* sp;
+  Block* block;
+  Warp* warp;
+  u32 lane;
+  u32 thread;  // of the block
+  State state;
+  Park park;
+  bool ask;      // woken to call give_up, not because its condition holds
+  bool aborted;  // has been told of the abort word already
+  u32 private_stores;  // own delayed stores that no barrier has shared with the block yet
+  u64 view;            // plain stores up to this one are seen for sure (the last fence_gpu, through barriers)
+  u64 view_async;      // the same for bulk copies (the last fence_async_global)
+  WaitNote note;
+  Fiber* next;  // parked on the same pair of words
+  char* stack;
+};
+
+struct Warp {
+  u32 ready;     // mask of lanes
+  u32 position;  // in Machine::ready
+  u32 arrived;   // mask of lanes at the collective
+  u32 exited;    // mask of lanes
+  bool mailbox;  // has paused idly: its steps alone are no progress
+  u64 priority;  // PCT
+  Fiber* fibers;
+  void* slot[LANES];  // what each lane brought to the collective
+  float scratch[2][kMaxRows * kChunk + 4 * kMaxRows];  // of flash.cuh, used in turn
+  u32 turn;
+};
+
+struct Barrier {
+  u32 arrived;
+  bool any, result;
+  u64 view, view_result;
+};
+
+struct PendingStore;
+
+struct Block {
+  u32 index;  // over all ranks of the launch
+  u32 rank_idx;  // in LaunchParams
+  char* shared;
+  u64* mbar_view;  // [smem_bytes / 8]: what arrivals at the mbarrier of that offset had seen
+  u32 alive;
+  Barrier barriers[3];
+  u64 stalled_until;
+  u32 hold;   // of delayed stores: 0 until a fence or until nothing else can run, n: one in n chances
+  u32 copy_hold;
+  u32 stale;  // how often a load that no fence protects is stale: 0 never, 1 half, 2 always
+  PendingStore* pending;
+  u32 num_pending;
+  Warp* warps;
+  Fiber* fibers;
+};
+
+constexpr u32 kBuckets = 4096;
+
+struct Machine {
+  Fiber* current;
+  u32 preempt;
+  bool weak;         // delay_stores
+  bool simple;       // fibers may hand over to each other without the scheduler's loop
+  bool processes;
+  Shape shape;
+  LaunchParams params;
+  SimConfig config;
+  Fiber* parked[kBuckets];  // word waits by address
+  void* main_sp;
+  Fiber* fibers;
+  Warp* warps;
+  Block* blocks;
+  u32 num_fibers, num_warps, num_blocks, alive, num_idle;
+  Warp** ready;
+  u32 num_ready, turn;
+  u64 random_state;
+  u64 steps, switches, drains, copies;
+  u64 progress;   // dispatches of warps that are not the mailbox
+  u64 clock_ns;   // virtual time
+  u64 sequence;   // of plain stores that reached memory
+  u64 stall_step;
+  u64 change_at[16];  // PCT
+  int status;
+  bool stop;
+};
+extern Machine machine;
+
+// ---------------------------------------------------------------------------------------------- scheduler.cpp
+void make_ready(Fiber* f);
+void park(Park kind);                            // the current fiber, until somebody makes it ready
+bool park_wait(Park kind, const WaitNote& note);  // true: woken to ask give_up
+void wake_pair(const void* address);
+void maybe_yield();
+void pause_idle();
+u64 now_ns();
+[[noreturn]] void misuse(const char* format, ...);  // ends the launch with a report
+inline void point() {  // where a schedule may change
+  if (__builtin_expect(machine.preempt != 0, 0)) maybe_yield();
+}
+inline u64 random_u64() {  // splitmix64
+  u64 z = (machine.random_state += 0x9e3779b97f4a7c15ull);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return z ^ (z >> 31);
+}
+inline bool one_in(u32 n) { return n && random_u64() % n == 0; }
+inline u32 bucket_of(const void* p) { return (u32)((uintptr_t)p >> 4) % kBuckets; }
+
+// ---------------------------------------------------------------------------------------------- report.cpp
+void report_clear();
+void report_add(const char* format, ...);
+void report_waits(const char* headline);
+
+// ---------------------------------------------------------------------------------------------- memory.cpp
+constexpr u32 kMaxPending = 512;  // delayed stores a block may hold
+bool memory_setup();              // buffers of all blocks; false: no memory
+void memory_teardown();
+void delay_words(u64* p, u64 first, u64 second, int count);
+void delay_plain(void* p, u64 value, u32 size);
+void delay_relaxed(u32* p, u32 value);
+u32 load_delayed(const u32* p);   // own delayed stores over what a load without a fence may see
+void flush_visible();             // delayed stores that a fence of the current fiber covers
+void flush_overlap(const void* p, u32 size);
+void share_stores();              // a barrier: the block's fences now cover the current fiber's stores
+void proxy_fence();
+bool drain_some(bool must);       // lets delayed stores and copies land; true if one did
+void start_copy(void* shared, const void* global, u32 bytes, u64* bar);
+
+// ---------------------------------------------------------------------------------------------- sync.cpp
+bool block_barrier(int id, u32 count, bool vote);
+void fiber_exits();
+void mbarrier_init(u64* bar, u32 count);
+void mbarrier_arrive(u64* bar, u32 bytes, bool expect);
+void mbarrier_complete(Block* block, u64* bar, u32 bytes);
+bool mbarrier_done(u64* bar, u32 parity);
+void mbarrier_seen(u64* bar);  // the current fiber has waited for it: it sees what the arrivals saw
+void warp_synchronize();       // __syncwarp: also orders memory among the lanes
+bool warp_arrive(void* mine);  // true for the last lane, which computes for all and then calls warp_release
+void warp_release();
+
+// One warp collective: every lane brings a pointer to its part; the last to arrive runs `all` over the 32 parts and writes results
+// through them. No lane leaves before, so the parts may live on the lanes' stacks.
+template <class All>
+inline void collective(void* mine, All all) {
+  if (warp_arrive(mine)) {
+    all(machine.current->warp->slot);
+    warp_release();
+  }
+}
+
+inline void put_word(u64* p, u64 value) {
+  point();
+  if (machine.weak) return delay_words(p, value, 0, 1);
+  __atomic_store_n(p, value, __ATOMIC_RELAXED);
+  if (machine.parked[bucket_of(p)]) wake_pair(p);
+}
+inline void put_words(u64* p, u64 first, u64 second) {
+  point();
+  if (machine.weak) return delay_words(p, first, second, 2);
+  __atomic_store_n(p, first, __ATOMIC_RELAXED);
+  __atomic_store_n(p + 1, second, __ATOMIC_RELAXED);
+  if (machine.parked[bucket_of(p)]) wake_pair(p);
+}
+
+void kernel_entry();  // kernel.cpp: the kernel under test, on the current fiber's stack
+
+}  // namespace sim
+}  // namespace imex

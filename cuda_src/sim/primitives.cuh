@@ -1,0 +1,272 @@
+// The primitives on a CPU: the same functions as cuda/primitives.cuh, which is the contract. Every wait parks its fiber with the
+// condition; every store and load that another block may see goes through the memory model (memory.cpp).
+#pragma once
+
+#include "machine.h"
+
+#define DEV [[maybe_unused]] static inline
+#define DEV_CALL [[maybe_unused]] static __attribute__((noinline))
+#define KERNEL extern "C" void
+#define GRID_CONSTANT
+#define UNROLL
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  u32 x, y;
+};
+struct alignas(16) uint4 {
+  u32 x, y, z, w;
+};
+[[maybe_unused]] static inline float2 make_float2(float x, float y) { return {x, y}; }
+[[maybe_unused]] static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+[[maybe_unused]] static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+[[maybe_unused]] static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+
+namespace imex {
+
+// ---------------------------------------------------------------------------------------------- who am I
+DEV const Shape& shape() { return sim::machine.shape; }
+DEV int grid_block() { return (int)sim::machine.current->block->index; }
+DEV int warp_index() { return (int)sim::machine.current->thread / LANES; }
+DEV int lane_index() { return LANES == 1 ? 0 : (int)sim::machine.current->lane; }
+DEV char* shared_memory() { return sim::machine.current->block->shared; }
+DEV u32 shared_address(const void* p) { return (u32)((const char*)p - shared_memory()); }
+
+// ---------------------------------------------------------------------------------------------- numbers
+DEV float bits_float(u32 v) {
+  float f;
+  memcpy(&f, &v, 4);
+  return f;
+}
+DEV u32 float_bits(float v) {
+  u32 u;
+  memcpy(&u, &v, 4);
+  return u;
+}
+DEV float bf16_low(u32 pair) { return bits_float(pair << 16); }
+DEV float bf16_high(u32 pair) { return bits_float(pair & 0xffff0000u); }
+DEV u32 round_bf16(float v) {  // to nearest even; NaN stays one
+  const u32 u = float_bits(v);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
+  return (u + 0x7fffu + (u >> 16 & 1)) >> 16;
+}
+DEV u32 pack_bf16(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
+DEV float fast_exp(float x) {  // 2^n * e^f with a polynomial: the same bits with every C library, and a loop over it vectorises
+  const float t = x < -87.f ? -87.f : x > 88.7f ? 88.7f : x;
+  const float shifted = t * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum's low bits are n, rounded
+  const float n = shifted - 12582912.f;
+  const float f = (t - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691e-4f;
+  p = p * f + 1.3981999e-3f;
+  p = p * f + 8.3334519e-3f;
+  p = p * f + 4.1665796e-2f;
+  p = p * f + 1.6666665e-1f;
+  p = p * f + 5.0000001e-1f;
+  p = p * f * f + f + 1.f;
+  const float e = p * bits_float((float_bits(shifted) - 0x4b400000u + 127u) << 23);
+  return x < -87.f ? 0.f : x > 88.7f ? INFINITY : e;
+}
+DEV float reciprocal_sqrt(float x) { return 1.f / __builtin_sqrtf(x); }
+
+// ---------------------------------------------------------------------------------------------- global memory
+DEV u32 load_const(const u32* p) { return *p; }
+DEV u64 load_const(const u64* p) { return *p; }
+DEV float2 load_const(const float2* p) { return *p; }
+
+DEV u32 load_global(const u32* p) {
+  sim::point();
+  return sim::machine.weak ? sim::load_delayed(p) : *(const volatile u32*)p;
+}
+template <class T>
+DEV void store_plain(T* p, T v) {
+  sim::point();
+  u64 bits = 0;
+  memcpy(&bits, &v, sizeof v);
+  if (sim::machine.weak) return sim::delay_plain(p, bits, sizeof v);
+  *(volatile T*)p = v;
+}
+DEV void store_global(u32* p, u32 v) { store_plain(p, v); }
+DEV void store_global(u16* p, u16 v) { store_plain(p, v); }
+DEV void store_global(float* p, float v) { store_plain(p, v); }
+
+DEV u32 load_relaxed_sys(const u32* p) {
+  sim::point();
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+DEV void store_relaxed_sys(u32* p, u32 v) {
+  sim::point();
+  if (sim::machine.weak) return sim::delay_relaxed(p, v);
+  __atomic_store_n(p, v, __ATOMIC_RELAXED);
+}
+DEV void store_release_sys(u32* p, u32 v) {
+  sim::point();
+  if (sim::machine.weak) sim::flush_visible(), sim::flush_overlap(p, 4);
+  __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+DEV u32 atomic_add_gpu(u32* p, u32 v) {
+  sim::point();
+  if (sim::machine.weak) sim::flush_overlap(p, 4);
+  return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
+}
+DEV u32 atomic_exchange_sys(u32* p, u32 v) {
+  sim::point();
+  if (sim::machine.weak) sim::flush_overlap(p, 4);
+  return __atomic_exchange_n(p, v, __ATOMIC_RELAXED);
+}
+
+DEV void store_word(u64* p, u32 payload, u32 epoch) { sim::put_word(p, (u64)epoch << 32 | payload); }
+DEV void store_words(u64* p, u32 first, u32 second, u32 epoch) { sim::put_words(p, (u64)epoch << 32 | first, (u64)epoch << 32 | second); }
+DEV void load_words(const u64* p, u64& first, u64& second) {
+  first = __atomic_load_n(p, __ATOMIC_RELAXED);
+  second = __atomic_load_n(p + 1, __ATOMIC_RELAXED);
+}
+
+// ---------------------------------------------------------------------------------------------- fences
+DEV void fence_sys() {
+  sim::point();
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  if (!sim::machine.weak) return;
+  sim::flush_visible();
+  sim::machine.current->view = sim::machine.sequence;
+}
+DEV void fence_gpu() { fence_sys(); }
+DEV void fence_async_global() {
+  sim::point();
+  if (sim::machine.weak) sim::proxy_fence();
+}
+DEV void fence_async_shared() {}
+
+// ---------------------------------------------------------------------------------------------- waiting
+// What a wait needs to give up: whose abort word to look at, how long to be patient, whom to name. See faults.cuh.
+struct Waiter {
+  const RankParams* params;
+  u32 block;   // of the rank
+  u32 layer;
+  Phase phase;
+  bool failed;  // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
+};
+// Called when the deadline has passed or the rank was aborted; true when the wait must end without what it waited for.
+DEV bool give_up(const RankParams* params, u32 block, u32 layer, Phase phase, Wait kind, bool idle, u32 source, u32 expected, u32 seen,
+                 u64 began_ns);
+DEV u64 timer_ns() { return sim::now_ns(); }
+
+// One stay in the parking lot; true when give_up has ended the wait.
+DEV_CALL bool park_once(Waiter& w, sim::Park how, sim::WaitNote& note) {
+  note.phase = w.phase, note.layer = w.layer;
+  if (!note.began_ns) {
+    note.began_ns = timer_ns();
+    note.deadline_ns = note.idle ? ~0ull : note.began_ns + w.params->deadline_us * 1000ull;
+  }
+  if (!sim::park_wait(how, note)) return false;
+  w.failed = give_up(w.params, w.block, w.layer, w.phase, note.kind, note.idle, note.source, note.expected, note.seen, note.began_ns);
+  if (w.failed) return true;
+  if (!note.idle) note.deadline_ns = timer_ns() + 1'000'000;  // it knows better: do not ask again at once
+  return false;
+}
+
+template <int N, class Address, class Source>
+DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source, u32 (&out)[N][2]) {
+  u64 word[N][2];
+  sim::WaitNote note{};
+  note.kind = kind, note.idle = idle, note.expected = epoch;
+  auto missing = [&]() -> const u64* {  // the first word that is not there yet
+    const u64* first = nullptr;
+    for (int i = 0; i < count; i++) {
+      load_words(address(i), word[i][0], word[i][1]);
+      for (int j = 0; j < 2 && !first; j++)
+        if ((u32)(word[i][j] >> 32) != epoch) first = address(i) + j, note.source = source(i), note.seen = (u32)(word[i][j] >> 32);
+    }
+    return first;
+  };
+  sim::point();
+  while ((note.address = missing()) && !w.failed)
+    if (park_once(w, sim::Park::kWord, note)) break;
+  for (int i = 0; i < N; i++)
+    for (int j = 0; j < 2; j++) out[i][j] = i < count ? (u32)word[i][j] : 0;
+}
+DEV void mailbox_pause(u32) { sim::pause_idle(); }
+
+// ---------------------------------------------------------------------------------------------- inside a block
+DEV void block_sync() { sim::block_barrier(0, kThreads, false); }
+DEV void consumer_sync() { sim::block_barrier(1, kConsumerWarps * LANES, false); }
+DEV bool consumer_any(bool mine) { return sim::block_barrier(2, kConsumerWarps * LANES, mine); }
+DEV void warp_sync() {
+  if (LANES == 1) return;
+  sim::point();
+  sim::warp_synchronize();
+}
+DEV u32 shuffle(u32 v, int lane) {
+  if (LANES == 1) return v;
+  struct Part {
+    u32 value, result;
+    int from;
+  } part{v, 0, lane};
+  sim::collective(&part, [](void** lanes) {
+    for (int i = 0; i < LANES; i++) ((Part*)lanes[i])->result = ((Part*)lanes[((Part*)lanes[i])->from % LANES])->value;
+  });
+  return part.result;
+}
+// A butterfly over the lanes, in the order of a GPU's shuffles: offsets 16, 8, 4, 2, 1.
+template <class T, class Combine>
+DEV T warp_reduce(T v, Combine combine) {
+  if (LANES == 1) return v;
+  sim::collective(&v, [&](void** lane) {
+    T all[LANES];
+    for (int i = 0; i < LANES; i++) all[i] = *(T*)lane[i];
+    for (int o = LANES / 2; o; o >>= 1)
+      for (int i = 0; i < o; i++) all[i] = combine(all[i], all[i + o]);
+    for (int i = 0; i < LANES; i++) *(T*)lane[i] = all[0];
+  });
+  return v;
+}
+DEV float warp_sum(float v) {
+  return warp_reduce(v, [](float a, float b) { return a + b; });
+}
+DEV float warp_max(float v) {
+  return warp_reduce(v, [](float a, float b) { return fmaxf(a, b); });
+}
+DEV u64 warp_max(u64 v) {
+  return warp_reduce(v, [](u64 a, u64 b) { return a > b ? a : b; });
+}
+
+// ---------------------------------------------------------------------------------------------- mbarriers and bulk copies
+DEV void mbar_init(u64* bar, u32 count) { sim::mbarrier_init(bar, count); }
+DEV void mbar_init_done() {}
+DEV void mbar_arrive(u64* bar) { sim::mbarrier_arrive(bar, 0, false); }
+DEV void mbar_arrive_expect(u64* bar, u32 bytes) { sim::mbarrier_arrive(bar, bytes, true); }
+DEV bool mbar_test(u64* bar, u32 parity) {
+  if (!sim::mbarrier_done(bar, parity)) return false;
+  sim::mbarrier_seen(bar);
+  return true;
+}
+DEV void mbar_wait(Waiter& w, Wait kind, bool idle, u64* bar, u32 parity) {
+  sim::point();
+  sim::WaitNote note{};
+  note.kind = kind, note.idle = idle, note.expected = parity, note.seen = parity ^ 1;
+  note.source = w.params->rank, note.address = bar;
+  while (!mbar_test(bar, parity) && !w.failed)
+    if (park_once(w, sim::Park::kMbar, note)) break;
+}
+DEV void mbar_drain(u64* bar, u32 parity) {
+  sim::WaitNote note{};
+  note.kind = Wait::kTile, note.idle = true, note.expected = parity, note.seen = parity ^ 1;
+  note.address = bar, note.deadline_ns = ~0ull, note.began_ns = timer_ns();
+  while (!mbar_test(bar, parity)) sim::park_wait(sim::Park::kMbar, note);
+}
+DEV void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
+  sim::point();
+  sim::start_copy(shared, global, bytes, bar);
+}
+
+}  // namespace imex
+
+#if SIM_LANES == 1
+#include "tensor_warp.cuh"
+#else
+#include "tensor_lanes.cuh"
+#endif

@@ -1,0 +1,303 @@
+// Who runs next. Fibers leave only where they must wait (round robin) or also at any memory operation (random, PCT). A parked fiber has
+// its condition with it, so when nothing can run we know exactly who waits for what.
+#include <sched.h>
+#include <time.h>
+
+#include "machine.h"
+#include "switch.h"
+
+namespace imex {
+namespace sim {
+
+Machine machine;
+
+namespace {
+constexpr u32 kHousekeeping = 64;      // dispatches between two looks at idle fibers
+constexpr u32 kAbortSteps = 4096;      // dispatches between two looks at the abort words while others run
+constexpr u64 kStepNs = 20;            // virtual time of a dispatch
+constexpr u32 kBusyRounds = 200;       // rounds without progress before sleeping
+constexpr u64 kSleepMinNs = 50'000, kSleepMaxNs = 1'000'000;
+constexpr u64 kAskEveryNs = 1'000'000;  // between two looks at deadlines while nothing runs
+
+struct {
+  u64 progress, rounds, sleep_ns, last_ask_ns, last_wall_ns;
+} quiet;
+
+u64 wall_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (u64)t.tv_sec * 1'000'000'000 + t.tv_nsec;
+}
+
+void remove_ready(Warp* w) {
+  Warp* last = machine.ready[--machine.num_ready];
+  machine.ready[w->position] = last;
+  last->position = w->position;
+  if (machine.turn == w->position + 1) machine.turn--;  // who moved here has not had its turn
+}
+
+void unready(Fiber* f) {
+  f->warp->ready &= ~(1u << f->lane);
+  if (!f->warp->ready) remove_ready(f->warp);
+}
+
+Fiber* dispatch(Fiber* f) {
+  machine.switches++;
+  machine.progress += !f->warp->mailbox;
+  machine.current = f;
+  return f;
+}
+
+Fiber* pick_lane(Warp* w) {
+  u32 mask = w->ready;
+  if (LANES > 1 && machine.config.mode != Mode::kRoundRobin)
+    for (u32 skip = random_u64() % __builtin_popcount(mask); skip; skip--) mask &= mask - 1;
+  return w->fibers + __builtin_ctz(mask);
+}
+
+Warp* pick_warp() {
+  switch (machine.config.mode) {
+    case Mode::kRoundRobin:
+      if (machine.turn >= machine.num_ready) machine.turn = 0;
+      return machine.ready[machine.turn++];
+    case Mode::kRandom:
+      return machine.ready[random_u64() % machine.num_ready];
+    default:
+      Warp* best = machine.ready[0];
+      for (u32 i = 1; i < machine.num_ready; i++)
+        if (machine.ready[i]->priority > best->priority) best = machine.ready[i];
+      for (u32 i = 0; i < machine.config.pct_depth; i++)
+        if (machine.change_at[i] == machine.steps) best->priority = i;
+      return best;
+  }
+}
+
+// A stalled block stands still unless nobody else can run.
+Warp* pick_unstalled() {
+  if (one_in(512)) machine.blocks[random_u64() % machine.num_blocks].stalled_until = machine.steps + random_u64() % 8192;
+  Warp* w = pick_warp();
+  for (u32 tries = 0; tries < 4 && w->fibers->block->stalled_until > machine.steps; tries++)
+    w = machine.ready[random_u64() % machine.num_ready];
+  return w;
+}
+
+// Called by the current fiber after it changed its state: continues another, or the scheduler's own context.
+void leave() {
+  Fiber* self = machine.current;
+  if (machine.simple && ++machine.steps % kHousekeeping) {
+    Fiber* next = nullptr;
+    if (LANES > 1 && self->warp->ready) {  // the next lane of the same warp: warps mostly move together
+      const u32 after = self->lane == 31 ? 0 : self->warp->ready >> (self->lane + 1) << (self->lane + 1);
+      next = self->warp->fibers + __builtin_ctz(after ? after : self->warp->ready);
+    } else if (machine.num_ready) {
+      next = pick_lane(pick_warp());
+    }
+    if (next) {
+      machine.clock_ns += kStepNs;
+      dispatch(next);
+      if (next != self) imex_sim_switch(&self->sp, next->sp);
+      return;
+    }
+  }
+  imex_sim_switch(&self->sp, machine.main_sp);
+}
+
+void fiber_main() {
+  kernel_entry();
+  Fiber* f = machine.current;
+  fiber_exits();
+  f->state = State::kDone;
+  unready(f);
+  machine.alive--;
+  leave();
+  __builtin_trap();
+}
+
+void unlink_word(Fiber* f) {
+  Fiber** at = &machine.parked[bucket_of(f->note.address)];
+  while (*at != f) at = &(*at)->next;
+  *at = f->next;
+}
+
+void ask_fiber(Fiber* f) {
+  if (f->park == Park::kWord) unlink_word(f);
+  f->ask = true;
+  make_ready(f);
+}
+
+bool abort_raised(const Block* b) {
+  const RankParams& r = machine.params.ranks[b->rank_idx];
+  if (!r.peers[r.rank]) return false;
+  return __atomic_load_n((const u64*)r.peers[r.rank] + machine.shape.off_abort, __ATOMIC_RELAXED) != 0;
+}
+
+// Wakes the waits whose deadline has passed or whose rank was aborted, so that they call give_up; true if there was one.
+bool ask_waits() {
+  bool any = false;
+  const u64 now = now_ns();
+  for (Fiber* f = machine.fibers; f < machine.fibers + machine.num_fibers; f++) {
+    if (f->state != State::kParked || (f->park != Park::kWord && f->park != Park::kMbar)) continue;
+    const bool aborted = !f->aborted && abort_raised(f->block);
+    if (!aborted && now <= f->note.deadline_ns) continue;
+    f->aborted |= aborted;
+    ask_fiber(f);
+    any = true;
+  }
+  return any;
+}
+
+bool expire_next() {  // nothing will happen any more: moves virtual time to the first deadline
+  u64 first = ~0ull;
+  for (Fiber* f = machine.fibers; f < machine.fibers + machine.num_fibers; f++)
+    if (f->state == State::kParked && (f->park == Park::kWord || f->park == Park::kMbar) && f->note.deadline_ns < first)
+      first = f->note.deadline_ns;
+  if (first == ~0ull) return false;
+  if (machine.clock_ns <= first) machine.clock_ns = first + 1000;
+  return ask_waits();
+}
+
+bool wake_idle() {
+  if (!machine.num_idle) return false;
+  for (Fiber* f = machine.fibers; f < machine.fibers + machine.num_fibers; f++)
+    if (f->state == State::kParked && f->park == Park::kIdle) machine.num_idle--, make_ready(f);
+  return true;
+}
+
+bool poll_words() {  // another process may have written what is waited for
+  bool any = false;
+  for (Fiber* f = machine.fibers; f < machine.fibers + machine.num_fibers; f++) {
+    if (f->state != State::kParked || f->park != Park::kWord) continue;
+    if ((u32)(__atomic_load_n((const u64*)f->note.address, __ATOMIC_ACQUIRE) >> 32) != f->note.expected) continue;
+    unlink_word(f);
+    make_ready(f);
+    any = true;
+  }
+  return any;
+}
+
+// Nothing can run. Lets what is delayed land, other processes write, the host speak, deadlines pass; kDeadlock when none of it can help.
+int quiescent() {
+  if (drain_some(true)) return kOk;
+  const bool outside = machine.num_idle || machine.processes;
+  if (machine.processes && poll_words()) return kOk;
+  if (!outside) {
+    if (ask_waits()) return kOk;
+    if (machine.config.on_deadlock == OnDeadlock::kExpire && expire_next()) return kOk;
+    report_waits("deadlock: nothing can run");
+    return kDeadlock;
+  }
+  if (quiet.progress != machine.progress) quiet = {machine.progress, 0, kSleepMinNs, quiet.last_ask_ns, wall_ns()};
+  const u64 wall = wall_ns();
+  machine.clock_ns += wall - quiet.last_wall_ns;  // while nothing runs, virtual time passes with the wall's
+  quiet.last_wall_ns = wall;
+  if (wall - quiet.last_ask_ns > kAskEveryNs) {
+    quiet.last_ask_ns = wall;
+    if (ask_waits()) return kOk;
+  }
+  if (++quiet.rounds > kBusyRounds) {
+    const timespec t{0, (long)quiet.sleep_ns};
+    nanosleep(&t, nullptr);
+    if (quiet.sleep_ns < kSleepMaxNs) quiet.sleep_ns += quiet.sleep_ns / 4;
+  } else if (machine.processes) {
+    sched_yield();
+  }
+  wake_idle();
+  return kOk;
+}
+
+}  // namespace
+
+u64 now_ns() { return machine.processes ? wall_ns() : machine.clock_ns; }
+
+void make_ready(Fiber* f) {
+  f->state = State::kReady;
+  Warp* w = f->warp;
+  if (!w->ready) {
+    w->position = machine.num_ready;
+    machine.ready[machine.num_ready++] = w;
+  }
+  w->ready |= 1u << f->lane;
+}
+
+void park(Park kind) {
+  Fiber* f = machine.current;
+  f->park = kind;
+  f->state = State::kParked;
+  unready(f);
+  leave();
+}
+
+bool park_wait(Park kind, const WaitNote& note) {
+  Fiber* f = machine.current;
+  f->note = note;
+  if (!note.began_ns) f->note.began_ns = now_ns();
+  f->ask = false;
+  if (kind == Park::kWord) {
+    Fiber** bucket = &machine.parked[bucket_of(note.address)];
+    while (*bucket) bucket = &(*bucket)->next;  // in order of arrival: schedules do not depend on addresses
+    *bucket = f;
+    f->next = nullptr;
+  }
+  park(kind);
+  return f->ask;
+}
+
+void wake_pair(const void* address) {
+  for (Fiber** at = &machine.parked[bucket_of(address)]; *at;) {
+    Fiber* f = *at;
+    if ((uintptr_t)f->note.address >> 4 == (uintptr_t)address >> 4) {
+      *at = f->next;
+      make_ready(f);
+    } else {
+      at = &f->next;
+    }
+  }
+}
+
+void maybe_yield() {
+  if (one_in(machine.preempt)) leave();
+}
+
+void pause_idle() {
+  machine.num_idle++;
+  machine.current->warp->mailbox = true;
+  machine.current->note = WaitNote{};
+  park(Park::kIdle);
+}
+
+void fail_launch(int status) {
+  machine.status = status;
+  void* nowhere;
+  imex_sim_switch(&nowhere, machine.main_sp);
+  __builtin_trap();
+}
+
+void start_fiber(Fiber* f, char* stack, size_t bytes) {
+  f->stack = stack;
+  f->sp = make_context(stack, bytes, fiber_main);
+  make_ready(f);
+}
+
+int run_fibers() {
+  quiet = {};
+  quiet.last_wall_ns = wall_ns();
+  while (machine.alive && machine.status == kOk) {
+    if (__atomic_load_n(&machine.stop, __ATOMIC_RELAXED)) return kStopped;
+    machine.steps++;
+    machine.clock_ns += kStepNs;
+    drain_some(false);
+    if (machine.num_idle && machine.num_ready && (machine.simple || one_in(kHousekeeping))) wake_idle();
+    if (machine.steps % kAbortSteps < (machine.simple ? kHousekeeping : 1u)) ask_waits();
+    if (!machine.num_ready) {
+      const int status = quiescent();
+      if (status != kOk) return status;
+      continue;
+    }
+    Fiber* f = dispatch(pick_lane(machine.config.stalls ? pick_unstalled() : pick_warp()));
+    imex_sim_switch(&machine.main_sp, f->sp);
+  }
+  return machine.status;
+}
+
+}  // namespace sim
+}  // namespace imex

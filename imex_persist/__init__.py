@@ -1,0 +1,32 @@
+"""imex_persist: tensor-parallel LLM decoding in one persistent CUDA kernel per GPU. Nothing heavy is imported until it is used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "CompletionOutput", "DeviceError", "FaultError", "ImexError", "RequestOutput", "SamplingParams", "__version__"]
+
+_HOME = {
+    "LLM": "imex_persist.llm",
+    "SamplingParams": "imex_persist.sampling_params",
+    "CompletionOutput": "imex_persist.outputs",
+    "RequestOutput": "imex_persist.outputs",
+    "DeviceError": "imex_persist.errors",
+    "FaultError": "imex_persist.errors",
+    "ImexError": "imex_persist.errors",
+}
+
+if TYPE_CHECKING:
+    from imex_persist.errors import DeviceError, FaultError, ImexError
+    from imex_persist.llm import LLM
+    from imex_persist.outputs import CompletionOutput, RequestOutput
+    from imex_persist.sampling_params import SamplingParams
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        import importlib
+
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'imex_persist' has no attribute {name!r}")

@@ -1,0 +1,319 @@
+"""Everything host and device both know, written once.
+
+`python -m imex_persist.abi > cuda_src/abi.cuh` renders the C++ side; a test compares the two, and every size and offset is
+`static_assert`ed there. Structs are NumPy dtypes of 32- and 64-bit fields, so `struct.pack_into` and NumPy both read them.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+
+import numpy as np
+
+# ------------------------------------------------------------------------------------------------ constants
+MAX_RANKS = 8  # ranks that may exchange partial sums
+MAX_ROWS = 16  # rows of a step: the tensor core's m = 16 operand
+MAX_SLOTS = 16  # sequences resident at once: each has a row of its own in every step
+MAX_SPLITS = 32  # runs of the context that different blocks attend to
+MAX_STAGES = 24  # ring stages
+STAGE_BYTES = 16384  # one ring stage: a weight tile or a KV page
+TILE_K = 1024  # columns of K in a full weight tile: 8 rows x 1024 x 2 bytes = STAGE_BYTES
+UNIT_ROWS = 8  # output rows computed together: the tensor core's n = 8 operand
+CHUNK = 32  # positions of the context that one warp attends to at a time
+MAX_HEAD_DIM = 128
+CONSUMER_WARPS = 8  # warps that multiply; warp 8 streams, warp 9 is the mailbox
+PART_SLOTS = 4  # units whose partial sums may be in flight between the warps of a block
+MAX_STOP_IDS = 16  # token ids that end a request, EOS among them
+PLAN_HEADER_WORDS = 2
+PLAN_ROW_WORDS = 4
+SHARED_MAILBOX_BYTES = 3072  # of it, what the mailbox keeps about its slots
+SHARED_HEADER_BYTES = 8192  # barriers, plan and small arrays at the start of shared memory (struct Shared)
+DESCRIPTOR_SLOTS = 64  # entries of the descriptor ring
+RECORD_SLOTS = 1024  # entries of the record ring
+TOKEN_FROM_ROW = 0x80000000  # plan: the token is what row (value & 0xff) of the previous step sampled
+ROW_SAMPLES = 0x80000000  # plan: this row's logits are sampled (set in the slot word)
+DESCRIPTOR_MAGIC = 0x494D4558  # "IMEX", folded into every descriptor's check word
+
+
+class Phase(enum.IntEnum):
+    """The phases of a decode step: a file in cuda_src/phases, a reference function, a test, a trace span."""
+
+    EMBED = 0
+    QKV = 1
+    ATTENTION = 2
+    O_PROJ = 3
+    GATE_UP = 4
+    DOWN_PROJ = 5
+    LM_HEAD = 6
+    SAMPLE = 7
+
+
+class Wait(enum.IntEnum):
+    """What a block was waiting for when a deadline passed, beside the phase's own words."""
+
+    WORDS = 0  # activations or partial sums of another block or rank
+    TILE = 1  # a bulk copy into the ring
+    STAGE = 2  # a free ring stage
+    PARTIAL = 3  # partial sums of the block's own warps
+    PLAN = 4  # the next step's plan
+    STEP = 5  # the block's own consumers, before KV pages may be streamed
+
+
+class Command(enum.IntEnum):
+    """What the host asks of the resident kernel (Descriptor.command) and rank 0 of all blocks (plan header)."""
+
+    NONE = 0
+    SUBMIT = 1  # start a request in a slot
+    CANCEL = 2  # stop a request before its end
+    NOOP = 3  # acknowledged, nothing else: the doorbell's round trip
+    SHUTDOWN = 4  # return from the kernel once every slot is free
+
+
+class Record(enum.IntEnum):
+    """Kinds of TokenRecord."""
+
+    NONE = 0
+    TOKEN = 1  # a generated token
+    RELEASE = 2  # no step touches the request's slot and pages any more
+    ACK = 3  # a command was taken; `token` is the descriptor's sequence number
+
+
+class Finish(enum.IntEnum):
+    """Why a request ended (TokenRecord.finish); NONE while it goes on."""
+
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+    CANCELLED = 3
+
+
+class Strategy(enum.IntEnum):
+    """How partial sums cross ranks; docs/architecture.md has the picture of each."""
+
+    ONE_SHOT = 0  # every block reads every rank's words
+    ONE_SHOT_LOCAL = 1  # a slice owner in each rank sums and publishes inside its GPU
+    TWO_SHOT = 2  # one rank owns a slice, sums it and publishes to all ranks
+
+
+class SubmitFlag(enum.IntFlag):
+    """Descriptor.flags."""
+
+    IGNORE_EOS = 1
+
+
+# ------------------------------------------------------------------------------------------------ structs
+def _struct(*fields: tuple) -> np.dtype:
+    return np.dtype(list(fields), align=True)
+
+
+Shape = _struct(
+    # the model, per rank; sizes are padded: hidden and intermediate to 32, head_dim to 32, vocabulary to 8
+    ("hidden_size", "u4"),
+    ("num_layers", "u4"),
+    ("num_heads", "u4"),
+    ("num_kv_heads", "u4"),
+    ("head_dim", "u4"),
+    ("intermediate_size", "u4"),
+    ("vocab_rows", "u4"),  # rows of this rank's part of the LM head
+    ("vocab_size", "u4"),  # token ids at or above are never sampled
+    ("norm_size", "u4"),  # hidden size before padding: the divisor of RMSNorm
+    ("rms_eps", "f4"),
+    ("attn_scale", "f4"),
+    # the machine
+    ("world_size", "u4"),
+    ("num_blocks", "u4"),  # blocks of one rank
+    ("ring_stages", "u4"),
+    ("window", "u4"),  # tiles in flight at once
+    # the plan
+    ("max_rows", "u4"),
+    ("one_shot_rows", "u4"),  # steps of at most so many rows exchange ONE_SHOT
+    ("strategy", "u4"),  # Strategy of larger steps
+    ("down_slices", "u4"),  # parts of down_proj's K; a block serves one
+    ("max_splits", "u4"),
+    ("page_size", "u4"),  # positions of a KV page
+    ("num_pages", "u4"),
+    ("pages_per_slot", "u4"),
+    ("num_slots", "u4"),
+    # symmetric memory, offsets in words of 8 bytes
+    ("off_plan", "u4"),
+    ("off_qkv", "u4"),
+    ("off_split", "u4"),
+    ("off_attn", "u4"),
+    ("off_o_part", "u4"),
+    ("off_o_sum", "u4"),
+    ("off_gate", "u4"),
+    ("off_down_part", "u4"),
+    ("off_down_sum", "u4"),
+    ("off_best", "u4"),
+    ("off_abort", "u4"),
+    ("symmetric_words", "u4"),
+    # shared memory, offsets in bytes
+    ("smem_x", "u4"),
+    ("smem_part", "u4"),
+    ("smem_residual", "u4"),
+    ("smem_rope", "u4"),
+    ("smem_ring", "u4"),
+    ("smem_bytes", "u4"),
+    # compile-time switches
+    ("tap", "u4"),  # 1: every phase's output also goes to RankParams.tap
+    ("only_phase", "u4"),  # 0: the whole step; 1 + Phase: that phase alone, once, of layer `only_layer`
+    ("only_layer", "u4"),
+)
+
+RankParams = _struct(
+    # weights in tile order (imex_persist/model/packing.py); bf16
+    ("qkv", "u8"),
+    ("o_proj", "u8"),
+    ("gate_up", "u8"),
+    ("down_proj", "u8"),
+    ("lm_head", "u8"),
+    ("embed", "u8"),
+    ("norms", "u8"),  # bf16 [2 * num_layers + 1, hidden_size]: input, post-attention of each layer, final
+    ("rope", "u8"),  # float [max positions, head_dim / 2, 2]: cos, sin
+    ("kv", "u8"),  # bf16 [num_layers, num_pages, num_kv_heads, page bytes / 2]
+    ("page_table", "u8"),  # u32 [num_slots, pages_per_slot]
+    ("claims", "u8"),  # u32 [2, num_layers * (3 + down_slices) + 1], zeroed before launch
+    ("peers", "u8", MAX_RANKS),  # symmetric memory of each rank as this rank maps it, [rank] its own
+    ("mailbox", "u8"),  # struct Mailbox, mapped host memory; rank 0 only
+    ("fault", "u8"),  # struct FaultRecord, mapped host memory
+    ("tap", "u8"),  # float, see cuda_src/tap.cuh; 0 unless Shape.tap
+    ("rank", "u4"),
+    ("deadline_us", "u4"),  # how long a wait may take
+)
+
+LaunchParams = _struct(
+    ("ranks", RankParams, MAX_RANKS),  # the ranks of this launch, first `num_ranks` valid
+    ("num_ranks", "u4"),
+    ("_pad", "u4"),
+)
+
+Descriptor = _struct(  # one 64-byte line, host -> device
+    ("sequence", "u4"),  # 1, 2, 3, …; the entry is taken when it is the expected one and `check` matches
+    ("command", "u4"),
+    ("request", "u4"),
+    ("slot", "u4"),
+    ("arena", "u4"),  # offset in u32 into Mailbox's arena: prompt ids, then page ids, then stop token ids
+    ("prompt_len", "u4"),
+    ("num_pages", "u4"),
+    ("num_stop", "u4"),
+    ("start", "u4"),  # first position to compute: positions below are in the pages already
+    ("max_tokens", "u4"),
+    ("min_tokens", "u4"),
+    ("flags", "u4"),
+    ("_reserved", "u4", 3),
+    ("check", "u4"),  # xor of the other fifteen words and DESCRIPTOR_MAGIC
+)
+
+TokenRecord = _struct(  # device -> host; `sequence` is stored last, with release
+    ("sequence", "u4"),  # 1, 2, 3, …
+    ("kind", "u4"),
+    ("request", "u4"),
+    ("token", "u4"),
+    ("index", "u4"),  # 0, 1, … of the request's generated tokens
+    ("finish", "u4"),
+    ("time_ns", "u8"),  # device clock when the step's tokens were known
+)
+
+FaultRecord = _struct(  # device -> host, one a rank; `valid` is stored last, with release
+    ("valid", "u4"),
+    ("rank", "u4"),
+    ("block", "u4"),
+    ("phase", "u4"),
+    ("layer", "u4"),
+    ("wait", "u4"),
+    ("expected", "u4"),
+    ("seen", "u4"),
+    ("waited_us", "u4"),
+    ("source", "u4"),  # rank whose word was missing, when the wait knows it, else the own rank
+    ("_reserved", "u4", 6),
+)
+
+MailboxHeader = _struct(  # each writer has 64-byte lines of its own
+    ("heartbeat", "u4"),  # host: changes at least every second while the host lives
+    ("records_read", "u4"),  # host: records consumed so far
+    ("stop", "u4"),  # host: non-zero asks every rank to abort
+    ("_host", "u4", 13),
+    ("resident", "u4"),  # device: 1 once rank 0's mailbox polls, 2 after it returned
+    ("steps", "u4"),  # device: steps completed
+    ("_device", "u4", 14),
+)
+
+Mailbox = _struct(  # mapped host memory; the arena of u32 follows
+    ("header", MailboxHeader),
+    ("descriptors", Descriptor, DESCRIPTOR_SLOTS),
+    ("records", TokenRecord, RECORD_SLOTS),
+)
+
+STRUCTS = {
+    "Shape": Shape,
+    "RankParams": RankParams,
+    "LaunchParams": LaunchParams,
+    "Descriptor": Descriptor,
+    "TokenRecord": TokenRecord,
+    "FaultRecord": FaultRecord,
+    "MailboxHeader": MailboxHeader,
+    "Mailbox": Mailbox,
+}
+ENUMS = (Phase, Wait, Command, Record, Finish, Strategy, SubmitFlag)
+CONSTANTS = (
+    "MAX_RANKS MAX_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS PART_SLOTS MAX_STOP_IDS "
+    "PLAN_HEADER_WORDS PLAN_ROW_WORDS SHARED_MAILBOX_BYTES SHARED_HEADER_BYTES DESCRIPTOR_SLOTS RECORD_SLOTS TOKEN_FROM_ROW ROW_SAMPLES "
+    "DESCRIPTOR_MAGIC"
+).split()
+_C_TYPES = {"u4": "unsigned int", "u8": "unsigned long long", "f4": "float"}
+
+
+def _camel(name: str) -> str:
+    return "k" + "".join(part.capitalize() for part in name.split("_"))
+
+
+def _c_type(dtype: np.dtype) -> str:
+    for name, struct in STRUCTS.items():
+        if dtype == struct:
+            return name
+    return _C_TYPES[dtype.str[1:]]
+
+
+def render() -> str:
+    """The text of cuda_src/abi.cuh."""
+    out = [
+        "// Generated by imex_persist/abi.py: edit that, then `make abi`. A test compares the two.",
+        "#pragma once",
+        "",
+        "namespace imex {",
+        "",
+    ]
+    for name in CONSTANTS:
+        value = globals()[name]
+        kind, suffix = ("unsigned int", "u") if value >= 1 << 30 else ("int", "")
+        out.append(f"constexpr {kind} {_camel(name)} = {value}{suffix};")
+    for enum_type in ENUMS:
+        out += ["", f"// {enum_type.__doc__.splitlines()[0]}", f"enum class {enum_type.__name__} : unsigned int {{"]
+        out += [f"  {_camel(member.name)} = {member.value}," for member in enum_type]
+        out.append("};")
+    for name, dtype in STRUCTS.items():
+        out += ["", f"struct {name} {{"]
+        for field, (sub, *_rest) in dtype.fields.items():
+            base, dims = sub.subdtype or (sub, ())
+            out.append(f"  {_c_type(base)} {field}{''.join(f'[{n}]' for n in dims)};")
+        out += ["};", f"static_assert(sizeof({name}) == {dtype.itemsize});"]
+        out += [
+            f"static_assert(__builtin_offsetof({name}, {field}) == {entry[1]});"
+            for field, entry in dtype.fields.items()
+            if not field.startswith("_")
+        ]
+    return "\n".join([*out, "", "}  // namespace imex", ""])
+
+
+def shape_initializer(shape: np.void) -> str:
+    """`shape` (a Shape record) as a C++ braced initializer, for the compile-time constants of a CUDA build."""
+    parts = []
+    for field, (sub, *_rest) in Shape.fields.items():
+        value = shape[field]
+        parts.append(f"{float(value)!r}f" if sub.kind == "f" else f"{int(value)}u")
+    return "{" + ", ".join(parts) + "}"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render())

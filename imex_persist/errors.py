@@ -1,0 +1,13 @@
+"""What this package raises. Users' mistakes are ValueError; these are the machine's and the group's."""
+
+
+class ImexError(RuntimeError):
+    """Base of this package's errors."""
+
+
+class DeviceError(ImexError):
+    """A machine that cannot do what was asked: no GPU, wrong capability, no compiler, no memory."""
+
+
+class FaultError(ImexError):
+    """The resident kernel or one of its ranks stopped answering."""

@@ -1,0 +1,175 @@
+"""LLM: a model, its ranks and their resident kernel, with vLLM's calls. Everything heavy happens in `__init__` and in child processes."""
+
+from __future__ import annotations
+
+import queue
+import weakref
+from collections.abc import Iterator, Sequence
+
+from imex_persist.config import DEFAULT_DEADLINE_S, EngineConfig
+from imex_persist.errors import ImexError
+from imex_persist.log import log, warn
+from imex_persist.model.load import load_model
+from imex_persist.outputs import RequestOutput, StreamOutput
+from imex_persist.runtime import capacity, prompts, startup, weights
+from imex_persist.runtime.completion import Completion
+from imex_persist.runtime.engine import Engine
+from imex_persist.runtime.group import Group
+from imex_persist.runtime.placement import place_ranks
+from imex_persist.runtime.request import Event, Request, Sink
+from imex_persist.sampling_params import SamplingParams, check_supported
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+class LLM:
+    """A running engine. Use it as a context manager, or call `close()`.
+
+    Keyword arguments are those of `imex_persist.config.EngineConfig`: `tensor_parallel_size`, `device`, `max_model_len`, `max_num_seqs`,
+    `max_rows`, `kv_cache_memory_bytes`, `load_format`, `seed`, `exchange`, `deadline_s`. Raises ValueError for bad settings, DeviceError
+    for a machine that cannot run them, FaultError when the ranks do not come up; nothing is left running then.
+    """
+
+    def __init__(self, model: str, **settings):
+        self.config = EngineConfig(model=model, **settings)
+        placement = place_ranks(self.config.device, self.config.tensor_parallel_size)
+        startup.check_environment(placement)
+        self.model = load_model(self.config.model, self.config.load_format, seed=self.config.seed)
+        self.max_model_len = capacity.choose_max_model_len(self.config, self.model.config, placement.kind)
+        if placement.warning:
+            warn(placement.warning)
+        deadline_s = self.config.deadline_s or DEFAULT_DEADLINE_S[placement.kind]
+        self.group = Group(placement, deadline_s=deadline_s)
+        try:
+            machine = capacity.shared_machine(self.group.open(), len(placement.places[0].ranks))
+            self.shape = capacity.choose_shape(self.config, self.model.config, machine, placement.kind)
+            with startup.progress_bar(self.config.tensor_parallel_size) as progress:
+                mailbox = self.group.launch(self.shape, weights.spec(self.config), self.max_model_len, progress)
+            self._engine = Engine(
+                mailbox,
+                num_slots=int(self.shape["num_slots"]),
+                num_pages=int(self.shape["num_pages"]),
+                page_size=int(self.shape["page_size"]),
+                max_model_len=self.max_model_len,
+                on_silence=self.group.probe,
+            )
+            self.group.on_fault(self._engine.fail)
+        except BaseException:
+            self.group.close()
+            raise
+        self._finalizer = weakref.finalize(self, _end, self._engine, self.group)
+        for line in startup.lines(self.shape, self.group):
+            log(line)
+
+    # ---------------------------------------------------------------------------------------- vLLM's calls
+    def generate(
+        self, prompts: prompts.Prompts, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Completes one prompt or several; results are in the order of the prompts.
+
+        A prompt is a string, a list of token ids, or {"prompt": …} or {"prompt_token_ids": …}. Without `sampling_params` decoding is
+        greedy. Raises ValueError for bad input before anything runs, FaultError (with `outputs`, what there is) if the ranks end.
+        """
+        return self._complete(*self._prepare(prompts, sampling_params))
+
+    def chat(
+        self, messages: Sequence[dict] | Sequence[Sequence[dict]], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Answers one conversation or several: lists of {"role": …, "content": …}, rendered with the model's own template."""
+        return self.generate(self._render(messages), sampling_params)
+
+    def stream(self, prompt: prompts.Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamOutput]:
+        """Yields what is new after every token; the last has a finish reason. Dropping the iterator cancels the request."""
+        ((text, submission),), (params,) = self._prepare([prompt], sampling_params)
+        request = self._engine.submit(submission)
+        return self._follow(self._completion(request, text, params))
+
+    def stream_chat(self, messages: Sequence[dict], sampling_params: SamplingParams | None = None) -> Iterator[StreamOutput]:
+        """`stream` for one conversation."""
+        (prompt,) = self._render(messages)
+        return self.stream(prompt, sampling_params)
+
+    # ---------------------------------------------------------------------------------------- life
+    def close(self) -> None:
+        """Ends all requests, the kernel and the processes. May be called twice."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.close()
+
+    @property
+    def engine(self) -> Engine:
+        """For front ends: submit, cancel, drain."""
+        return self._engine
+
+    # ---------------------------------------------------------------------------------------- inside
+    def _prepare(self, given: prompts.Prompts, sampling_params) -> tuple[list, list[SamplingParams]]:
+        """([(text or None, Submission)], params), all validated before anything is submitted."""
+        prompts_ = prompts.as_list(given)
+        params = prompts.params_for(prompts_, sampling_params, GREEDY)
+        prepared = []
+        for prompt, one in zip(prompts_, params, strict=True):
+            check_supported(one)
+            if one.stop and self.model.tokenizer is None:
+                raise ValueError(f"stop is {one.stop!r} but the model has no tokenizer: use stop_token_ids")
+            text, ids = prompts.to_ids(prompt, self.model)
+            submission = prompts.submission(ids, one, self.model.eos_token_ids, self.max_model_len)
+            self._engine.check(submission)
+            prepared.append((text, submission))
+        return prepared, params
+
+    def _render(self, messages) -> list[dict]:
+        if not messages:
+            raise ValueError("messages is empty: give at least one message with role and content")
+        conversations = [messages] if isinstance(messages[0], dict) else list(messages)
+        return [prompts.render_chat(conversation, self.model) for conversation in conversations]
+
+    def _complete(self, prepared: list, params: list[SamplingParams]) -> list[RequestOutput]:
+        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()  # of all requests, so that stop strings are found in time
+        completions: list[Completion] = []
+        try:
+            for i, ((text, submission), one) in enumerate(zip(prepared, params, strict=True)):
+                request = self._engine.submit(submission, _tagged(events, i))
+                completions.append(self._completion(request, text, one))
+            while not all(completion.finished for completion in completions):
+                i, event = events.get()
+                if isinstance(event, Exception):
+                    raise event
+                completions[i].feed(event)
+        except ImexError as error:
+            again = type(error)(str(error))
+            again.outputs = [completion.result() for completion in completions]
+            raise again from error
+        finally:
+            for completion in completions:
+                if not completion.finished:
+                    self._engine.cancel(completion.request)
+        return [completion.result() for completion in completions]
+
+    def _completion(self, request: Request, text: str | None, params: SamplingParams) -> Completion:
+        tokenizer = self.model.tokenizer
+        detokenizer = tokenizer and tokenizer.detokenizer(params.skip_special_tokens)
+        return Completion(request, text, params, detokenizer, self._engine.cancel)
+
+    def _follow(self, completion: Completion) -> Iterator[StreamOutput]:
+        try:
+            for event in completion.request:
+                yield completion.feed(event)
+                if completion.finished:
+                    return
+        finally:
+            self._engine.cancel(completion.request)
+
+
+def _tagged(events: queue.SimpleQueue, index: int) -> Sink:
+    return lambda event: events.put((index, event))
+
+
+def _end(engine: Engine, group: Group) -> None:
+    try:
+        engine.close()
+    finally:
+        group.close()

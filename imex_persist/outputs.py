@@ -1,0 +1,54 @@
+"""What `LLM.generate` and `LLM.stream` return, in vLLM's shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class CompletionOutput:
+    """One completion of a prompt. `text` is "" when the model has no tokenizer."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None  # "stop", "length" or "abort"; None while it goes on
+    stop_reason: int | str | None = None  # the stop token id or stop string, None for EOS and for length
+    logprobs: list[dict[int, float]] | None = None
+    cumulative_logprob: float | None = None
+
+
+@dataclass
+class RequestMetrics:
+    """Times of one request in seconds, by the host's monotonic clock (`time.perf_counter`)."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    device_time_ns: list[int] = field(default_factory=list, repr=False)  # device clock of every token
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
+@dataclass
+class RequestOutput:
+    """A finished request: its prompt and what was generated."""
+
+    request_id: str
+    prompt: str | None  # None when token ids were given
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+    metrics: RequestMetrics | None = None
+
+
+@dataclass(frozen=True)
+class StreamOutput:
+    """One step of `LLM.stream`: what is new. `text` may be "" while bytes of a character or a possible stop string are held back."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None

@@ -1,0 +1,191 @@
+"""The plan: from a model, a number of ranks and a machine to the sizes every kernel is built with (abi.Shape).
+
+What limits a plan is shared memory. A block holds the activations of all rows of a step beside the ring of weight tiles, so more
+rows mean fewer tiles; down_proj, the widest, may be split along K into slices, each served by its own blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from imex_persist import abi
+
+MAX_USEFUL_STAGES = 12  # more buffered tiles did not help (docs/performance.md)
+MIN_STAGES = 4
+ONE_SHOT_WORDS = 8192  # words a block can read in one shot before a slice owner is faster (docs/performance.md)
+H100_SMS = 132
+H100_SHARED_BYTES = 232_448
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One GPU, or the simulator's idea of one: blocks of a rank and the shared memory a block may take, in bytes."""
+
+    num_blocks: int = H100_SMS
+    shared_memory_bytes: int = H100_SHARED_BYTES
+    max_stages: int = MAX_USEFUL_STAGES
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def heads_per_rank(config, world_size: int) -> tuple[int, int]:
+    """(query heads, KV heads) of every rank: whole KV groups, padded with zero groups where they do not divide."""
+    kv = -(-config.num_key_value_heads // world_size)
+    return kv * (config.num_attention_heads // config.num_key_value_heads), kv
+
+
+def page_size_of(head_dim: int) -> int:
+    """Positions of a KV page: as many whole chunks of 32 as fit a ring stage, keys and values together."""
+    return abi.CHUNK * max(1, abi.STAGE_BYTES // (abi.CHUNK * head_dim * 4))
+
+
+def make_shape(
+    config,
+    *,
+    world_size: int = 1,
+    max_rows: int = 1,
+    num_slots: int = 1,
+    max_model_len: int = 4096,
+    num_pages: int | None = None,
+    machine: Machine = Machine(),
+    strategy: abi.Strategy | None = None,
+    down_slices: int | None = None,
+    one_shot_rows: int | None = None,
+    tap: bool = False,
+    only_phase: abi.Phase | None = None,
+    only_layer: int = 0,
+) -> np.void:
+    """The Shape record for `config` (a model.config.ModelConfig) on `world_size` ranks.
+
+    Raises ValueError, saying what was asked and what would fit, when shared memory or a limit of the kernel does not allow it.
+    """
+    if not 1 <= world_size <= abi.MAX_RANKS:
+        raise ValueError(f"tensor_parallel_size {world_size} is not supported: 1 to {abi.MAX_RANKS} ranks are")
+    if not 1 <= max_rows <= abi.MAX_ROWS:
+        raise ValueError(f"{max_rows} rows a step are not supported: 1 to {abi.MAX_ROWS} are")
+    if not 1 <= num_slots <= abi.MAX_SLOTS:
+        raise ValueError(f"max_num_seqs {num_slots} is not supported: 1 to {abi.MAX_SLOTS} are")
+    s = np.zeros((), abi.Shape)
+    hidden = round_up(config.hidden_size, 32)
+    head_dim = round_up(config.head_dim, 32)
+    heads, kv_heads = heads_per_rank(config, world_size)
+    num_blocks = min(machine.num_blocks, hidden // abi.UNIT_ROWS)  # every block publishes in o_proj and down_proj
+    page = page_size_of(head_dim)
+    pages_per_slot = -(-max_model_len // page)
+    s["hidden_size"], s["norm_size"], s["num_layers"] = hidden, config.hidden_size, config.num_hidden_layers
+    s["num_heads"], s["num_kv_heads"], s["head_dim"] = heads, kv_heads, head_dim
+    s["vocab_rows"] = round_up(-(-config.vocab_size // world_size), abi.UNIT_ROWS)
+    s["vocab_size"] = config.vocab_size
+    s["rms_eps"], s["attn_scale"] = config.rms_norm_eps, config.head_dim**-0.5
+    s["world_size"], s["num_blocks"], s["window"] = world_size, num_blocks, 3
+    s["max_rows"], s["num_slots"] = max_rows, num_slots
+    s["page_size"], s["pages_per_slot"] = page, pages_per_slot
+    s["num_pages"] = num_pages if num_pages is not None else pages_per_slot * num_slots
+    s["max_splits"] = max(1, min(abi.MAX_SPLITS, num_blocks // kv_heads))
+    s["tap"] = tap
+    s["only_phase"] = 0 if only_phase is None else 1 + only_phase
+    s["only_layer"] = only_layer
+    default = abi.Strategy.TWO_SHOT if world_size > 2 else abi.Strategy.ONE_SHOT_LOCAL
+    s["strategy"] = default if strategy is None else strategy
+
+    choices = (1, 2, 4, 8) if down_slices is None else (down_slices,)
+    best = None
+    for slices in choices:
+        if slices > num_blocks:
+            continue
+        candidate = s.copy()
+        _place_shared_memory(candidate, config, slices, one_shot_rows, machine)
+        if best is None or candidate["ring_stages"] > best["ring_stages"]:
+            best = candidate
+        if candidate["ring_stages"] >= min(8, machine.max_stages):
+            break
+    if best is None or best["ring_stages"] < MIN_STAGES:
+        fits = [r for r in range(max_rows - 1, 0, -1) if _rows_fit(config, world_size, r, machine)]
+        advice = f"at most {fits[0]} fit" if fits else "not even one fits; use more ranks"
+        raise ValueError(
+            f"{max_rows} rows a step of hidden size {config.hidden_size} and intermediate size {config.intermediate_size} on "
+            f"{world_size} rank(s) leave no room for the weight ring in {machine.shared_memory_bytes} bytes of shared memory: {advice}"
+        )
+    _place_symmetric_memory(best)
+    return best
+
+
+def _rows_fit(config, world_size: int, rows: int, machine: Machine) -> bool:
+    try:
+        make_shape(config, world_size=world_size, max_rows=rows, machine=machine)
+    except ValueError:
+        return False
+    return True
+
+
+def _place_shared_memory(s, config, slices: int, one_shot_rows: int | None, machine: Machine) -> None:
+    rows, hidden, world, blocks = (int(s[k]) for k in ("max_rows", "hidden_size", "world_size", "num_blocks"))
+    heads, kv_heads, head_dim = (int(s[k]) for k in ("num_heads", "num_kv_heads", "head_dim"))
+    s["down_slices"] = slices
+    s["intermediate_size"] = round_up(-(-config.intermediate_size // world), 32 * slices)
+    if one_shot_rows is None:
+        one_shot_rows = min(rows, ONE_SHOT_WORDS // (hidden * world * slices))
+    s["one_shot_rows"] = min(rows, one_shot_rows)
+    owned = 2 * -(-(hidden // 2) // blocks)  # values of the residual that a slice owner keeps
+    widest = max(hidden, heads * head_dim, int(s["intermediate_size"]) // slices)
+    group = min(heads // kv_heads, 16)
+    attention = head_dim * group * 2 + abi.CONSUMER_WARPS * group * (head_dim + 2) * 4  # q, then what the warps merge
+    offset = abi.SHARED_HEADER_BYTES
+    for field, size in (
+        ("smem_x", max(rows * widest * 2, attention)),
+        ("smem_part", abi.PART_SLOTS * abi.CONSUMER_WARPS * rows * abi.UNIT_ROWS * 4),
+        ("smem_residual", max(int(s["one_shot_rows"]) * hidden, rows * owned) * 4),
+        ("smem_rope", rows * head_dim * 4),
+        ("smem_ring", 0),
+    ):
+        s[field] = offset
+        offset = round_up(offset + size, 128)
+    stages = max(0, min(machine.shared_memory_bytes - offset, machine.max_stages * abi.STAGE_BYTES)) // abi.STAGE_BYTES
+    s["ring_stages"] = min(stages, abi.MAX_STAGES)
+    s["smem_bytes"] = offset + int(s["ring_stages"]) * abi.STAGE_BYTES
+
+
+def _place_symmetric_memory(s) -> None:
+    rows, hidden, world, blocks = (int(s[k]) for k in ("max_rows", "hidden_size", "world_size", "num_blocks"))
+    heads, kv_heads, head_dim = (int(s[k]) for k in ("num_heads", "num_kv_heads", "head_dim"))
+    offset = 0
+    for field, words in (
+        ("off_plan", 2 * plan_words(rows)),
+        ("off_qkv", rows * (heads + 2 * kv_heads) * head_dim // 2),
+        ("off_split", rows * heads * int(s["max_splits"]) * (head_dim + 2)),
+        ("off_attn", rows * heads * head_dim // 2),
+        ("off_o_part", world * rows * hidden),
+        ("off_o_sum", rows * hidden // 2),
+        ("off_gate", rows * int(s["intermediate_size"]) // 2),
+        ("off_down_part", world * int(s["down_slices"]) * rows * hidden),
+        ("off_down_sum", rows * hidden // 2),
+        ("off_best", world * blocks * rows * 2),
+        ("off_abort", 16),
+    ):
+        s[field] = offset
+        offset = round_up(offset + words, 16)
+    s["symmetric_words"] = offset
+
+
+def plan_words(rows: int) -> int:
+    """Words of one step's plan, even so that they are read in pairs."""
+    return abi.PLAN_HEADER_WORDS + abi.PLAN_ROW_WORDS * rows
+
+
+def num_claims(s) -> int:
+    """u32 counters of RankParams.claims."""
+    return 2 * (int(s["num_layers"]) * (3 + int(s["down_slices"])) + 1)
+
+
+def page_bytes(s) -> int:
+    """Bytes of one KV page of one KV head: keys and values."""
+    return int(s["page_size"]) * int(s["head_dim"]) * 4
+
+
+def kv_bytes(s) -> int:
+    """Bytes of all KV pages of one rank."""
+    return int(s["num_layers"]) * int(s["num_pages"]) * int(s["num_kv_heads"]) * page_bytes(s)

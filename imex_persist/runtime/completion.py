@@ -1,0 +1,75 @@
+"""From a request's events to what the user gets: text, token ids, reasons and times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from imex_persist.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamOutput
+from imex_persist.runtime.request import Request, TokenEvent
+from imex_persist.runtime.text import Detokenizer, TextStream
+from imex_persist.sampling_params import SamplingParams
+
+
+class Completion:
+    """Grows with `feed`; `cancel` is called once when a stop string was found, since the kernel does not know strings."""
+
+    def __init__(
+        self,
+        request: Request,
+        prompt: str | None,
+        params: SamplingParams,
+        detokenizer: Detokenizer | None,
+        cancel: Callable[[Request], None],
+    ):
+        self.request = request
+        self.prompt = prompt
+        self.output = CompletionOutput(0, "", [])
+        self.metrics = RequestMetrics(request.arrival)
+        self._params = params
+        self._cancel = cancel
+        self._text = detokenizer and TextStream(detokenizer, stop=params.stop, include_stop=params.include_stop_str_in_output)
+
+    @property
+    def finished(self) -> bool:
+        return self.output.finish_reason is not None
+
+    def feed(self, event: TokenEvent) -> StreamOutput:
+        """Takes one event and returns what is new. After the end nothing is."""
+        out = self.output
+        if self.finished:
+            return StreamOutput("", ())
+        delta, ids = "", ()
+        if event.token is not None:
+            ids = (event.token,)
+            out.token_ids.append(event.token)
+            self._time(event)
+            delta = self._show(event)
+        out.finish_reason = event.finish_reason
+        if self._text is not None:
+            if self.finished:
+                delta += self._text.finish()
+            if self._text.stop_string is not None:
+                if not self.finished:
+                    self._cancel(self.request)
+                out.finish_reason, out.stop_reason = "stop", self._text.stop_string
+            out.text = self._text.text
+        return StreamOutput(delta, ids, out.finish_reason, out.stop_reason)
+
+    def result(self) -> RequestOutput:
+        return RequestOutput(
+            str(self.request.id), self.prompt, list(self.request.submission.prompt_token_ids), [self.output], self.finished, self.metrics
+        )
+
+    def _show(self, event: TokenEvent) -> str:
+        stopped = event.finish_reason == "stop"  # by this token: its text is not part of the answer
+        if stopped and event.token in self._params.stop_token_ids:
+            self.output.stop_reason = event.token
+        if self._text is None or (stopped and not self._params.include_stop_str_in_output):
+            return ""
+        return self._text.push(event.token, look_for_stop=len(self.output.token_ids) > self._params.min_tokens)
+
+    def _time(self, event: TokenEvent) -> None:
+        m = self.metrics
+        m.first_token_time = m.first_token_time or event.host_time
+        m.last_token_time = event.host_time
+        m.device_time_ns.append(event.device_time_ns)

@@ -1,0 +1,190 @@
+"""The host's end of the two rings (abi.Mailbox): descriptors go in, records come out. Nothing here calls into a device.
+
+Layout: header, descriptor ring, record ring, then an arena of u32 in which every slot owns one region for prompt ids, page ids and
+stop token ids; a slot's region is free again exactly when the slot is, at the request's RELEASE record.
+
+Ordering. A descriptor is valid only if its check word fits, so its own words may land in any order. What it points at must be there
+before it: the arena is written, a lock is released and taken again (a full barrier on every machine Python runs on), then the
+descriptor is written. Records are the mirror image: `sequence` is stored last by the kernel, so the other words are read after it.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import xor
+from typing import NamedTuple
+
+from imex_persist import abi
+from imex_persist.sampling_params import MAX_STOP_TOKEN_IDS
+
+_WORDS = struct.Struct("16I")  # native: each word is one store
+_RECORD = struct.Struct("6IQ")
+_MASK = 0xFFFFFFFF
+_DESCRIPTORS = abi.Mailbox.fields["descriptors"][1]
+_RECORDS = abi.Mailbox.fields["records"][1]
+_ARENA = abi.Mailbox.itemsize
+
+
+def _header(field: str) -> int:
+    return (abi.Mailbox.fields["header"][1] + abi.MailboxHeader.fields[field][1]) // 4
+
+
+_HEARTBEAT, _READ, _STOP, _RESIDENT, _STEPS = (_header(f) for f in ("heartbeat", "records_read", "stop", "resident", "steps"))
+
+
+class RecordEntry(NamedTuple):
+    """abi.TokenRecord as a tuple."""
+
+    sequence: int
+    kind: int
+    request: int
+    token: int
+    index: int
+    finish: int
+    time_ns: int
+
+
+@dataclass(frozen=True)
+class ArenaLayout:
+    """Regions of the arena, in u32."""
+
+    num_slots: int
+    max_model_len: int
+    pages_per_slot: int
+
+    @property
+    def region(self) -> int:
+        return -(-(self.max_model_len + self.pages_per_slot + MAX_STOP_TOKEN_IDS) // 16) * 16
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of mailbox and arena together."""
+        return _ARENA + 4 * self.num_slots * self.region
+
+
+class Mailbox:
+    """Both rings over a block of shared memory. Any thread may post; one thread polls."""
+
+    def __init__(self, view: memoryview, layout: ArenaLayout):
+        if len(view) < layout.nbytes:
+            raise ValueError(f"a mailbox for {layout} needs {layout.nbytes} bytes: {len(view)} were given")
+        self.layout = layout
+        self._view = view
+        self._u4 = view.cast("I")
+        self._posted = 0  # sequence number of the last descriptor
+        self._acked = 0
+        self._read = 0  # sequence number of the last record
+        self._lock = threading.Lock()
+        self._fence = threading.Lock()
+
+    # ---------------------------------------------------------------------------------------- descriptors
+    @property
+    def unacknowledged(self) -> int:
+        """Descriptors posted that the kernel has not taken yet."""
+        return (self._posted - self._acked) & _MASK
+
+    def submit(
+        self,
+        *,
+        request: int,
+        slot: int,
+        prompt: Sequence[int],
+        pages: Sequence[int],
+        stop: Sequence[int] = (),
+        max_tokens: int,
+        min_tokens: int = 0,
+        start: int = 0,
+        flags: int = 0,
+    ) -> int | None:
+        """Starts a request. Returns the descriptor's sequence number, or None when the ring is full."""
+        words = [*prompt, *pages, *stop]
+        if slot >= self.layout.num_slots or len(words) > self.layout.region:
+            raise ValueError(f"slot {slot} with {len(words)} words does not fit the arena of {self.layout}")
+        with self._lock:
+            if self.unacknowledged >= abi.DESCRIPTOR_SLOTS:
+                return None
+            arena = slot * self.layout.region
+            struct.pack_into(f"{len(words)}I", self._view, _ARENA + 4 * arena, *words)
+            with self._fence:
+                pass
+            return self._post(
+                abi.Command.SUBMIT, request, slot, arena, len(prompt), len(pages), len(stop), start, max_tokens, min_tokens, flags
+            )
+
+    def cancel(self, request: int, slot: int) -> int | None:
+        """Asks for the end of a request. Returns the sequence number, or None when the ring is full."""
+        return self._command(abi.Command.CANCEL, request, slot)
+
+    def noop(self) -> int | None:
+        return self._command(abi.Command.NOOP)
+
+    def shutdown(self) -> int | None:
+        """Asks the kernels to return."""
+        return self._command(abi.Command.SHUTDOWN)
+
+    def _command(self, command: abi.Command, request: int = 0, slot: int = 0) -> int | None:
+        with self._lock:
+            if self.unacknowledged >= abi.DESCRIPTOR_SLOTS:
+                return None
+            return self._post(command, request, slot)
+
+    def _post(self, command: int, *words: int) -> int:
+        sequence = (self._posted + 1) & _MASK
+        entry = [sequence, int(command), *words]
+        entry += [0] * (15 - len(entry))
+        offset = _DESCRIPTORS + (sequence - 1) % abi.DESCRIPTOR_SLOTS * _WORDS.size
+        _WORDS.pack_into(self._view, offset, *entry, reduce(xor, entry, abi.DESCRIPTOR_MAGIC))
+        self._posted = sequence
+        return sequence
+
+    # ---------------------------------------------------------------------------------------- records
+    def poll(self, limit: int = abi.RECORD_SLOTS) -> list[RecordEntry]:
+        """The records that have come since, at most `limit`, oldest first; acknowledgements are counted on the way."""
+        found = []
+        while len(found) < limit:
+            sequence = (self._read + 1) & _MASK
+            offset = _RECORDS + (sequence - 1) % abi.RECORD_SLOTS * _RECORD.size
+            if self._u4[offset // 4] != sequence:
+                break
+            with self._fence:
+                pass
+            record = RecordEntry._make(_RECORD.unpack_from(self._view, offset))
+            if record.kind == abi.Record.ACK:
+                self._acked = record.token
+            found.append(record)
+            self._read = sequence
+        if found:
+            with self._fence:  # the records are copied before their places are given back
+                pass
+            self._u4[_READ] = self._read
+        return found
+
+    # ---------------------------------------------------------------------------------------- header
+    def beat(self, value: int) -> None:
+        """Shows the kernel that the host lives: any value other than the last."""
+        self._u4[_HEARTBEAT] = value & _MASK
+
+    def stop(self) -> None:
+        """Asks every rank to abort at once; there is no way back."""
+        self._u4[_STOP] = 1
+
+    @property
+    def stopped(self) -> bool:
+        return self._u4[_STOP] != 0
+
+    @property
+    def resident(self) -> int:
+        """0 before the kernel polls, 1 while it does, 2 after it returned."""
+        return self._u4[_RESIDENT]
+
+    @property
+    def steps(self) -> int:
+        return self._u4[_STEPS]
+
+    def close(self) -> None:
+        """Lets go of the memory. No thread may use the mailbox any more."""
+        self._u4.release()

@@ -1,0 +1,80 @@
+"""One rank's memory on a device: weights, KV pages, symmetric memory, and the record the kernel gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from imex_persist import abi, planner
+from imex_persist.device.base import Buffer, Device
+from imex_persist.errors import DeviceError
+
+WEIGHTS = ("qkv", "o_proj", "gate_up", "down_proj", "lm_head", "embed", "norms", "rope")
+VERIFY_WORD = 8  # bytes a rank writes into each peer's memory before launch
+
+
+class RankMemory:
+    """Everything one rank owns. The caller fills `weights`, connects peers, and asks for `params`."""
+
+    def __init__(self, device: Device, shape: np.void, rank: int):
+        self.device = device
+        self.shape = shape
+        self.rank = rank
+        self.weights: dict[str, Buffer] = {}
+        self.symmetric = device.symmetric(int(shape["symmetric_words"]) * 8)
+        self.kv = device.zeros(planner.kv_bytes(shape))
+        self.page_table = device.zeros(int(shape["num_slots"]) * int(shape["pages_per_slot"]) * 4)
+        self.claims = device.zeros(planner.num_claims(shape) * 4)
+        self.peers: dict[int, Buffer] = {rank: self.symmetric}
+
+    def connect(self, handles: Mapping[int, str], local: Mapping[int, RankMemory]) -> None:
+        """Maps every peer's symmetric memory: directly where the peer lives in this process, else through its handle."""
+        for rank, handle in handles.items():
+            if rank in local:
+                self.peers[rank] = local[rank].symmetric
+            elif rank not in self.peers:
+                self.peers[rank] = self.device.open(handle, self.symmetric.nbytes)
+
+    def write_marks(self, nonce: int) -> None:
+        """Writes this rank's mark into every peer's memory and reads it back through the same mapping."""
+        for rank, peer in self.peers.items():
+            mark = _mark(nonce, self.rank, rank)
+            self.device.upload(peer, self.rank * VERIFY_WORD, mark)
+            seen = self.device.download(peer, self.rank * VERIFY_WORD, VERIFY_WORD)
+            if bytes(seen) != bytes(mark):
+                raise DeviceError(f"rank {self.rank} wrote to rank {rank}'s memory and read something else: peer access does not work")
+
+    def read_marks(self, nonce: int) -> None:
+        """Finds every peer's mark in the own memory, then clears it. Call when all ranks have written theirs."""
+        for rank in self.peers:
+            seen = self.device.download(self.symmetric, rank * VERIFY_WORD, VERIFY_WORD)
+            if bytes(seen) != bytes(_mark(nonce, rank, self.rank)):
+                raise DeviceError(f"what rank {rank} wrote did not arrive in rank {self.rank}'s memory: peer access does not work")
+        self.device.upload(self.symmetric, 0, np.zeros(len(self.peers) * VERIFY_WORD, np.uint8))
+
+    def params(self, *, mailbox: int, fault: int, deadline_us: int) -> np.void:
+        """The abi.RankParams of this rank; `mailbox` and `fault` are addresses as the kernel sees them, `mailbox` 0 beside rank 0."""
+        out = np.zeros((), abi.RankParams)
+        for name in WEIGHTS:
+            out[name] = self.weights[name].address
+        out["kv"], out["page_table"], out["claims"] = self.kv.address, self.page_table.address, self.claims.address
+        for rank, peer in self.peers.items():
+            out["peers"][rank] = peer.address
+        out["mailbox"], out["fault"] = mailbox, fault
+        out["rank"], out["deadline_us"] = self.rank, deadline_us
+        return out[()]
+
+
+def launch_params(ranks: list[np.void]) -> np.void:
+    """abi.LaunchParams of the ranks of one launch."""
+    out: Any = np.zeros((), abi.LaunchParams)
+    for i, rank in enumerate(ranks):
+        out["ranks"][i] = rank
+    out["num_ranks"] = len(ranks)
+    return out[()]
+
+
+def _mark(nonce: int, source: int, target: int) -> np.ndarray:
+    return np.array([(nonce << 16 | source << 8 | target) & (2**64 - 1)], np.uint64).view(np.uint8)

@@ -1,0 +1,114 @@
+"""SamplingParams: vLLM's names and defaults. Values that make no sense raise here, what the kernel cannot do yet in `check_supported`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+MAX_LOGPROBS = 20
+MAX_STOP_TOKEN_IDS = 64  # EOS ids included; the arena of a slot has room for so many
+GREEDY_EPSILON = 1e-5  # vLLM: a temperature below is greedy
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is decoded.
+
+    `temperature=0` takes the most probable token each time. `max_tokens=None` generates up to `max_model_len`. `stop` strings are
+    cut from the text unless `include_stop_str_in_output`; `min_tokens` holds back EOS and stop token ids, not `max_tokens`.
+    Raises ValueError for values out of range and TypeError for unknown names.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: all
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        _integer("n", self.n, 1)
+        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("top_p", self.top_p, 0.0, 1.0, above=True)
+        _integer("top_k", self.top_k, -1)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1)
+        _integer("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}: raise max_tokens")
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: True or False is allowed")
+        object.__setattr__(self, "stop", _strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_EPSILON
+
+
+def check_supported(params: SamplingParams) -> None:
+    """Raises ValueError naming the first parameter that this version does not execute. Greedy decoding ignores top_p, top_k, min_p
+    and seed, as vLLM does."""
+    wants = (
+        ("temperature", params.greedy, "only temperature=0 (greedy) is"),
+        ("n", params.n == 1, "only n=1 is; submit the prompt several times"),
+        ("logprobs", params.logprobs is None, "only logprobs=None is"),
+        ("presence_penalty", params.presence_penalty == 0, "only presence_penalty=0 is"),
+        ("frequency_penalty", params.frequency_penalty == 0, "only frequency_penalty=0 is"),
+        ("repetition_penalty", params.repetition_penalty == 1, "only repetition_penalty=1 is"),
+    )
+    for name, supported, allowed in wants:
+        if not supported:
+            raise ValueError(f"{name}={getattr(params, name)!r} is not supported yet: {allowed}")
+
+
+def _integer(name: str, value, low: int, high: int | None = None) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name} is {value!r}: an integer of {limit} is allowed")
+
+
+def _number(name: str, value, low: float, high: float, *, above: bool = False) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high or (above and value == low):
+        start = f"above {low:g}" if above else f"at least {low:g}"
+        limit = start if high == math.inf else f"{start} and at most {high:g}"
+        raise ValueError(f"{name} is {value!r}: a number {limit} is allowed")
+
+
+def _strings(stop) -> list[str]:
+    strings = [stop] if isinstance(stop, str) else list(stop or [])
+    if any(not isinstance(s, str) or not s for s in strings):
+        raise ValueError(f"stop is {stop!r}: a string or a list of strings, none of them empty, is allowed")
+    return strings
+
+
+def _token_ids(ids) -> list[int]:
+    if ids is not None and (isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__")):
+        raise ValueError(f"stop_token_ids is {ids!r}: a list of token ids is allowed")
+    ids = list(ids or [])
+    for token in ids:
+        _integer("stop_token_ids", token, 0, 2**31 - 1)
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise ValueError(f"stop_token_ids has {len(ids)} entries: at most {MAX_STOP_TOKEN_IDS} are allowed")
+    return [int(token) for token in ids]

@@ -1,0 +1,144 @@
+"""Runs the real kernel on all ranks of a model in one launch: whole, through its mailbox, or one phase alone from given words.
+
+Device-agnostic: the same code drives the simulator (tests/kernel) and a GPU (tests/gpu).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from imex_persist import abi, planner
+from imex_persist.model.packing import embed_is_lm_head, load_rank, rank_bytes, rope_positions
+from imex_persist.runtime.rank import RankMemory, launch_params
+from imex_persist.tap import tap_floats
+
+HOST_BYTES = abi.Mailbox.itemsize + 4 * 65536  # mailbox and arena
+FAULT_BYTES = 4096
+
+
+def host_block(nbytes: int) -> np.ndarray:
+    """Zeroed, page-aligned host memory."""
+    raw = np.zeros(nbytes + 4096, np.uint8)
+    start = -raw.ctypes.data % 4096
+    return raw[start : start + nbytes]
+
+
+def pack_words(payload: np.ndarray, epoch: int) -> np.ndarray:
+    """uint64 words of 32-bit payloads (float32, int32 or uint32)."""
+    bits = np.ascontiguousarray(payload).view(np.uint32).astype(np.uint64)
+    return bits | np.uint64(epoch) << np.uint64(32)
+
+
+def bf16_pairs(bits: np.ndarray) -> np.ndarray:
+    """uint32 payloads of uint16 bf16 bits [..., n] -> [..., n / 2]."""
+    return np.ascontiguousarray(bits).view(np.uint32)
+
+
+class KernelRun:
+    """All ranks of `shape` on `device`, weights loaded from `source`."""
+
+    def __init__(self, device, config, source, shape):
+        self.device, self.config, self.shape = device, config, shape
+        self.world = int(shape["world_size"])
+        self.ranks = [RankMemory(device, shape, r) for r in range(self.world)]
+        for rank in self.ranks:
+            for name, size in rank_bytes(config, shape).items():
+                rank.weights[name] = device.zeros(size)
+            if embed_is_lm_head(config, shape):
+                rank.weights["embed"] = rank.weights["lm_head"]
+            load_rank(
+                source, config, shape, rank.rank,
+                lambda name, offset, array, rank=rank: device.upload(rank.weights[name], offset, array),
+            )  # fmt: skip
+            rank.connect({}, {r.rank: r for r in self.ranks})
+            for other in self.ranks:
+                rank.peers[other.rank] = other.symmetric
+        self.taps = [device.zeros(4 * tap_floats(shape)) if shape["tap"] else None for _ in self.ranks]
+        self.host, self.faults = host_block(HOST_BYTES), host_block(FAULT_BYTES * self.world)
+        self.kernel = device.load(shape)
+
+    def params(self, mailbox: bool) -> np.void:
+        out = []
+        for i, rank in enumerate(self.ranks):
+            address = self.device.map_host(memoryview(self.host)) if mailbox and i == 0 else 0
+            fault = self.device.map_host(memoryview(self.faults)[i * FAULT_BYTES : (i + 1) * FAULT_BYTES])
+            p = rank.params(mailbox=address, fault=fault, deadline_us=20_000_000)
+            if self.taps[i] is not None:
+                p = p.copy()
+                p["tap"] = self.taps[i].address
+            out.append(p)
+        return launch_params(out)
+
+    def launch(self, mailbox: bool = True, timeout_s: float = 120.0) -> None:
+        launch = self.device.launch(self.kernel, self.params(mailbox))
+        ended = launch.wait(timeout_s)
+        assert ended, "the kernel did not return"
+        for i in range(self.world):
+            fault = self.faults[i * FAULT_BYTES : (i + 1) * FAULT_BYTES][: abi.FaultRecord.itemsize].view(abi.FaultRecord)[0]
+            assert not fault["valid"], fault
+
+    # ------------------------------------------------------------------ the whole model, by descriptors written beforehand
+    def decode(self, requests: list[dict]) -> list[list[int]]:
+        """Tokens of each request {prompt, max_tokens, stop=()}: all descriptors are written, then the kernel runs and returns."""
+        mailbox = self.host[: abi.Mailbox.itemsize].view(abi.Mailbox)[0]
+        arena = self.host[abi.Mailbox.itemsize :].view(np.uint32)
+        page, at, next_page = int(self.shape["page_size"]), 0, 0
+        for i, request in enumerate(requests):
+            prompt, stop = request["prompt"], list(request.get("stop", ()))
+            num_pages = -(-(len(prompt) + request["max_tokens"]) // page)
+            pages = list(range(next_page, next_page + num_pages))
+            next_page += num_pages
+            body = [*prompt, *pages, *stop]
+            arena[at : at + len(body)] = body
+            self._descriptor(
+                mailbox, i + 1, abi.Command.SUBMIT, request=i, slot=i, arena=at, prompt_len=len(prompt), num_pages=num_pages,
+                num_stop=len(stop), max_tokens=request["max_tokens"],
+            )  # fmt: skip
+            at += len(body)
+        self._descriptor(mailbox, len(requests) + 1, abi.Command.SHUTDOWN)
+        self.launch()
+        self.records = [r for r in mailbox["records"] if r["sequence"]]
+        tokens: list[list[int]] = [[] for _ in requests]
+        for record in self.records:
+            if record["kind"] == abi.Record.TOKEN:
+                assert record["index"] == len(tokens[record["request"]])
+                tokens[record["request"]].append(int(record["token"]))
+        return tokens
+
+    def _descriptor(self, mailbox, sequence: int, command: abi.Command, **fields) -> None:
+        d = np.zeros((), abi.Descriptor)
+        d["sequence"], d["command"] = sequence, command
+        for name, value in fields.items():
+            d[name] = value
+        words = d.reshape(1).view(np.uint32)
+        d["check"] = np.bitwise_xor.reduce(words) ^ np.uint32(abi.DESCRIPTOR_MAGIC)
+        mailbox["descriptors"][(sequence - 1) % abi.DESCRIPTOR_SLOTS] = d
+
+    # ------------------------------------------------------------------ one phase alone
+    def put_words(self, rank: int, field: str, payload: np.ndarray, epoch: int, offset: int = 0) -> None:
+        words = pack_words(payload.reshape(-1), epoch)
+        self.device.upload(self.ranks[rank].symmetric, (int(self.shape[field]) + offset) * 8, words.view(np.uint8))
+
+    def get_words(self, rank: int, field: str, count: int, epoch: int, offset: int = 0) -> np.ndarray:
+        """uint32 payloads; every word must carry `epoch`."""
+        raw = self.device.download(self.ranks[rank].symmetric, (int(self.shape[field]) + offset) * 8, count * 8).view(np.uint64)
+        assert np.all(raw >> np.uint64(32) == epoch), f"{field}: a word without epoch {epoch}"
+        return (raw & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+
+    def put_plan(self, rows: list[tuple[int, int, int, bool, int]]) -> None:
+        """Plan of step 0: (token, position, slot, samples, page) of each row, to every rank."""
+        capacity = int(self.shape["max_rows"])
+        words = np.zeros(planner.plan_words(capacity), np.uint32)
+        words[0], words[1] = len(rows), sum(r[3] for r in rows)
+        for i, (token, position, slot, samples, page) in enumerate(rows):
+            at = abi.PLAN_HEADER_WORDS + i * abi.PLAN_ROW_WORDS
+            words[at : at + 4] = token, position, slot | (abi.ROW_SAMPLES if samples else 0), page
+        for rank in range(self.world):
+            self.put_words(rank, "off_plan", words, 1)
+
+    def tap(self, rank: int) -> np.ndarray:
+        raw = self.device.download(self.taps[rank], 0, self.taps[rank].nbytes)
+        return raw.view(np.float32)
+
+    def max_position(self) -> int:
+        return rope_positions(self.shape)
