@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "DeviceError", "FaultError", "ImexError", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "DeviceError",
+    "FaultError",
+    "ImexError",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
 
 _HOME = {
     "LLM": "imex_persist.llm",

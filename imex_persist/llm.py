@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import queue
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from imex_persist.config import DEFAULT_DEADLINE_S, EngineConfig
 from imex_persist.errors import ImexError
 from imex_persist.log import log, warn
 from imex_persist.model.load import load_model
-from imex_persist.outputs import RequestOutput, StreamOutput
-from imex_persist.runtime import capacity, prompts, startup, weights
-from imex_persist.runtime.completion import Completion
+from imex_persist.outputs import RequestOutput
+from imex_persist.runtime import capacity, inputs, startup, weights
+from imex_persist.runtime.completion import Completion, CompletionStream
 from imex_persist.runtime.engine import Engine
 from imex_persist.runtime.group import Group
 from imex_persist.runtime.placement import place_ranks
@@ -63,7 +63,7 @@ class LLM:
 
     # ---------------------------------------------------------------------------------------- vLLM's calls
     def generate(
-        self, prompts: prompts.Prompts, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: inputs.Prompts, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """Completes one prompt or several; results are in the order of the prompts.
 
@@ -73,18 +73,20 @@ class LLM:
         return self._complete(*self._prepare(prompts, sampling_params))
 
     def chat(
-        self, messages: Sequence[dict] | Sequence[Sequence[dict]], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        messages: Sequence[dict] | Sequence[Sequence[dict]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several: lists of {"role": …, "content": …}, rendered with the model's own template."""
         return self.generate(self._render(messages), sampling_params)
 
-    def stream(self, prompt: prompts.Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamOutput]:
+    def stream(self, prompt: inputs.Prompt, sampling_params: SamplingParams | None = None) -> CompletionStream:
         """Yields what is new after every token; the last has a finish reason. Dropping the iterator cancels the request."""
         ((text, submission),), (params,) = self._prepare([prompt], sampling_params)
         request = self._engine.submit(submission)
-        return self._follow(self._completion(request, text, params))
+        return CompletionStream(self._completion(request, text, params))
 
-    def stream_chat(self, messages: Sequence[dict], sampling_params: SamplingParams | None = None) -> Iterator[StreamOutput]:
+    def stream_chat(self, messages: Sequence[dict], sampling_params: SamplingParams | None = None) -> CompletionStream:
         """`stream` for one conversation."""
         (prompt,) = self._render(messages)
         return self.stream(prompt, sampling_params)
@@ -106,17 +108,17 @@ class LLM:
         return self._engine
 
     # ---------------------------------------------------------------------------------------- inside
-    def _prepare(self, given: prompts.Prompts, sampling_params) -> tuple[list, list[SamplingParams]]:
+    def _prepare(self, given: inputs.Prompts, sampling_params) -> tuple[list, list[SamplingParams]]:
         """([(text or None, Submission)], params), all validated before anything is submitted."""
-        prompts_ = prompts.as_list(given)
-        params = prompts.params_for(prompts_, sampling_params, GREEDY)
+        prompts = inputs.as_list(given)
+        params = inputs.params_for(prompts, sampling_params, GREEDY)
         prepared = []
-        for prompt, one in zip(prompts_, params, strict=True):
+        for prompt, one in zip(prompts, params, strict=True):
             check_supported(one)
             if one.stop and self.model.tokenizer is None:
                 raise ValueError(f"stop is {one.stop!r} but the model has no tokenizer: use stop_token_ids")
-            text, ids = prompts.to_ids(prompt, self.model)
-            submission = prompts.submission(ids, one, self.model.eos_token_ids, self.max_model_len)
+            text, ids = inputs.to_ids(prompt, self.model)
+            submission = inputs.submission(ids, one, self.model.eos_token_ids, self.max_model_len)
             self._engine.check(submission)
             prepared.append((text, submission))
         return prepared, params
@@ -125,10 +127,10 @@ class LLM:
         if not messages:
             raise ValueError("messages is empty: give at least one message with role and content")
         conversations = [messages] if isinstance(messages[0], dict) else list(messages)
-        return [prompts.render_chat(conversation, self.model) for conversation in conversations]
+        return [inputs.render_chat(conversation, self.model) for conversation in conversations]
 
     def _complete(self, prepared: list, params: list[SamplingParams]) -> list[RequestOutput]:
-        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()  # of all requests, so that stop strings are found in time
+        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()  # of all requests: stop strings are found in time
         completions: list[Completion] = []
         try:
             for i, ((text, submission), one) in enumerate(zip(prepared, params, strict=True)):
@@ -153,15 +155,6 @@ class LLM:
         tokenizer = self.model.tokenizer
         detokenizer = tokenizer and tokenizer.detokenizer(params.skip_special_tokens)
         return Completion(request, text, params, detokenizer, self._engine.cancel)
-
-    def _follow(self, completion: Completion) -> Iterator[StreamOutput]:
-        try:
-            for event in completion.request:
-                yield completion.feed(event)
-                if completion.finished:
-                    return
-        finally:
-            self._engine.cancel(completion.request)
 
 
 def _tagged(events: queue.SimpleQueue, index: int) -> Sink:

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+from imex_persist import abi
+
 MAX_LOGPROBS = 20
-MAX_STOP_TOKEN_IDS = 64  # EOS ids included; the arena of a slot has room for so many
 GREEDY_EPSILON = 1e-5  # vLLM: a temperature below is greedy
 
 
@@ -15,8 +16,8 @@ GREEDY_EPSILON = 1e-5  # vLLM: a temperature below is greedy
 class SamplingParams:
     """How one request is decoded.
 
-    `temperature=0` takes the most probable token each time. `max_tokens=None` generates up to `max_model_len`. `stop` strings are
-    cut from the text unless `include_stop_str_in_output`; `min_tokens` holds back EOS and stop token ids, not `max_tokens`.
+    `temperature=0` takes the most probable token each time. `max_tokens=None` generates up to `max_model_len`. `stop` strings
+    are cut from the text unless `include_stop_str_in_output`; `min_tokens` holds back EOS, stop token ids and stop strings.
     Raises ValueError for values out of range and TypeError for unknown names.
     """
 
@@ -68,8 +69,10 @@ class SamplingParams:
 
 
 def check_supported(params: SamplingParams) -> None:
-    """Raises ValueError naming the first parameter that this version does not execute. Greedy decoding ignores top_p, top_k, min_p
-    and seed, as vLLM does."""
+    """Raises ValueError naming the first parameter that this version does not execute.
+
+    Greedy decoding ignores top_p, top_k, min_p and seed, as vLLM does.
+    """
     wants = (
         ("temperature", params.greedy, "only temperature=0 (greedy) is"),
         ("n", params.n == 1, "only n=1 is; submit the prompt several times"),
@@ -90,7 +93,8 @@ def _integer(name: str, value, low: int, high: int | None = None) -> None:
 
 
 def _number(name: str, value, low: float, high: float, *, above: bool = False) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high or (above and value == low):
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high or (above and value == low):
         start = f"above {low:g}" if above else f"at least {low:g}"
         limit = start if high == math.inf else f"{start} and at most {high:g}"
         raise ValueError(f"{name} is {value!r}: a number {limit} is allowed")
@@ -109,6 +113,6 @@ def _token_ids(ids) -> list[int]:
     ids = list(ids or [])
     for token in ids:
         _integer("stop_token_ids", token, 0, 2**31 - 1)
-    if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise ValueError(f"stop_token_ids has {len(ids)} entries: at most {MAX_STOP_TOKEN_IDS} are allowed")
+    if len(ids) > abi.MAX_STOP_IDS:
+        raise ValueError(f"stop_token_ids has {len(ids)} entries: at most {abi.MAX_STOP_IDS} are allowed")
     return [int(token) for token in ids]

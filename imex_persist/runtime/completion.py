@@ -55,9 +55,19 @@ class Completion:
             out.text = self._text.text
         return StreamOutput(delta, ids, out.finish_reason, out.stop_reason)
 
+    def cancel(self) -> None:
+        """Ends the request if it still runs."""
+        if not self.request.finished:
+            self._cancel(self.request)
+
     def result(self) -> RequestOutput:
         return RequestOutput(
-            str(self.request.id), self.prompt, list(self.request.submission.prompt_token_ids), [self.output], self.finished, self.metrics
+            str(self.request.id),
+            self.prompt,
+            list(self.request.submission.prompt_token_ids),
+            [self.output],
+            self.finished,
+            self.metrics,
         )
 
     def _show(self, event: TokenEvent) -> str:
@@ -73,3 +83,37 @@ class Completion:
         m.first_token_time = m.first_token_time or event.host_time
         m.last_token_time = event.host_time
         m.device_time_ns.append(event.device_time_ns)
+
+
+class CompletionStream:
+    """Iterates over a running completion's StreamOutputs; the last has a finish reason. Closing or dropping it cancels the request."""
+
+    def __init__(self, completion: Completion):
+        self._completion = completion
+        self._events = iter(completion.request)
+
+    def __iter__(self) -> CompletionStream:
+        return self
+
+    def __next__(self) -> StreamOutput:
+        """Raises FaultError when the ranks have ended."""
+        if self._completion.finished:
+            raise StopIteration
+        return self._completion.feed(next(self._events))
+
+    @property
+    def result(self) -> RequestOutput:
+        """What has been generated so far."""
+        return self._completion.result()
+
+    def close(self) -> None:
+        self._completion.cancel()
+
+    def __enter__(self) -> CompletionStream:
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()

@@ -76,7 +76,9 @@ def _text(value) -> str:
 
 
 def _from_smi() -> list[Gpu]:
-    if not (_PROC.is_dir() or Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()) or not (smi := shutil.which("nvidia-smi")):
+    if not (_PROC.is_dir() or Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()) or not (
+        smi := shutil.which("nvidia-smi")
+    ):
         return []
     try:
         out = subprocess.run(

@@ -18,7 +18,6 @@ from imex_persist.errors import ImexError
 from imex_persist.runtime.allocator import FreeList, pages_needed
 from imex_persist.runtime.mailbox import Mailbox, RecordEntry
 from imex_persist.runtime.request import FINISH_REASONS, Request, Sink, Submission, TokenEvent
-from imex_persist.sampling_params import MAX_STOP_TOKEN_IDS
 
 SPIN_S = 50e-6  # first pause between two looks at an empty record ring
 PAUSE_S = 500e-6  # longest
@@ -63,16 +62,22 @@ class Engine:
         if not length:
             raise ValueError("the prompt has no tokens: give at least one")
         if length + 1 > limit:
-            raise ValueError(f"the prompt has {length} tokens: at most {limit - 1} fit max_model_len {limit} with one token to generate")
+            raise ValueError(
+                f"the prompt has {length} tokens: at most {limit - 1} fit max_model_len {limit} with one token to generate"
+            )
         if length + submission.max_tokens > limit:
             raise ValueError(
                 f"the prompt has {length} tokens and max_tokens is {submission.max_tokens}: together at most max_model_len {limit}"
             )
-        if len(submission.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise ValueError(f"{len(submission.stop_token_ids)} stop tokens, EOS included: at most {MAX_STOP_TOKEN_IDS} are allowed")
+        if len(submission.stop_token_ids) > abi.MAX_STOP_IDS:
+            raise ValueError(
+                f"{len(submission.stop_token_ids)} stop tokens, EOS included: at most {abi.MAX_STOP_IDS} are allowed"
+            )
         need = pages_needed(length, submission.max_tokens, self.page_size)
         if need > self.num_pages:
-            raise ValueError(f"the request needs {need} KV pages but there are {self.num_pages}: lower max_tokens or raise the KV cache")
+            raise ValueError(
+                f"the request needs {need} KV pages but there are {self.num_pages}: lower max_tokens or raise the KV cache"
+            )
 
     def submit(self, submission: Submission, sink: Sink | None = None) -> Request:
         """Queues a request. Its events go to `sink` (called in the engine's thread; it must not block), else to `Request.events`.

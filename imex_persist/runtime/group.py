@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import select
-import threading
 import time
 from collections.abc import Callable
 
@@ -114,7 +113,9 @@ class Group:
                 raise errors.FaultError(f"the kernel did not answer {self.deadline_s + RESIDENT_S:.0f} s after its launch")
             time.sleep(0.002)
 
-    def _step(self, name: str, message: Callable[[WorkerProcess], dict], workers=None, progress: Progress | None = None) -> list[dict]:
+    def _step(
+        self, name: str, message: Callable[[WorkerProcess], dict], workers=None, progress: Progress | None = None
+    ) -> list[dict]:
         """Sends one step to all workers and returns their answers, in order: a barrier."""
         workers = self.workers if workers is None else workers
         replies: dict[WorkerProcess, dict] = {}
@@ -131,7 +132,9 @@ class Group:
             )[0]
             if not ready:
                 names = ", ".join(w.title for w in waiting)
-                raise errors.DeviceError(f"{names} did not finish the step '{name}' in {STEP_S.get(name, STEP_DEFAULT_S):.0f} s")
+                raise errors.DeviceError(
+                    f"{names} did not finish the step '{name}' in {STEP_S.get(name, STEP_DEFAULT_S):.0f} s"
+                )
             for worker in waiting:
                 if worker in ready or worker.channel in ready:
                     self._take(worker, name, replies, progress)
@@ -142,7 +145,9 @@ class Group:
             message = worker.channel.receive(0.0)
         except Closed:
             how = worker.how_it_ended()
-            raise errors.DeviceError(f"the process of {worker.title} {how} during the step '{name}'; its own words are on stderr") from None
+            raise errors.DeviceError(
+                f"the process of {worker.title} {how} during the step '{name}'; its own words are on stderr"
+            ) from None
         if message is None:
             return
         if "error" in message:

@@ -19,7 +19,6 @@ from operator import xor
 from typing import NamedTuple
 
 from imex_persist import abi
-from imex_persist.sampling_params import MAX_STOP_TOKEN_IDS
 
 _WORDS = struct.Struct("16I")  # native: each word is one store
 _RECORD = struct.Struct("6IQ")
@@ -58,7 +57,7 @@ class ArenaLayout:
 
     @property
     def region(self) -> int:
-        return -(-(self.max_model_len + self.pages_per_slot + MAX_STOP_TOKEN_IDS) // 16) * 16
+        return -(-(self.max_model_len + self.pages_per_slot + abi.MAX_STOP_IDS) // 16) * 16
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +111,17 @@ class Mailbox:
             with self._fence:
                 pass
             return self._post(
-                abi.Command.SUBMIT, request, slot, arena, len(prompt), len(pages), len(stop), start, max_tokens, min_tokens, flags
+                abi.Command.SUBMIT,
+                request,
+                slot,
+                arena,
+                len(prompt),
+                len(pages),
+                len(stop),
+                start,
+                max_tokens,
+                min_tokens,
+                flags,
             )
 
     def cancel(self, request: int, slot: int) -> int | None:

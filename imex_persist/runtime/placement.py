@@ -44,7 +44,11 @@ def place_ranks(device: str, world_size: int, gpus: list[Gpu] | None = None) -> 
         capable = [gpu for gpu in gpus if gpu.capability >= MIN_CAPABILITY]
         kind = "cuda" if capable else "sim"
         if not capable:
-            why = "no GPU was found" if not gpus else f"no GPU is capable: {_found(gpus)}, compute capability 9.0 or later is needed"
+            why = (
+                "no GPU was found"
+                if not gpus
+                else f"no GPU is capable: {_found(gpus)}, compute capability 9.0 or later is needed"
+            )
             warning = f"{why}, so this runs in the simulator (device='sim' says so without this warning)"
     if kind == "sim":
         count = len(ordinals) if ordinals else world_size
@@ -65,7 +69,9 @@ def _parse(device: str) -> tuple[str, list[int]]:
     kind, colon, rest = device.partition(":") if isinstance(device, str) else ("", "", "")
     ordinals = [part.strip() for part in rest.split(",")] if colon else []
     if kind not in ("auto", "cuda", "sim") or (kind == "auto" and colon) or not all(part.isdigit() for part in ordinals):
-        raise ValueError(f"device is {device!r}: 'auto', 'cuda', 'sim', or one with ordinals such as 'cuda:0' or 'cuda:0,1' is allowed")
+        raise ValueError(
+            f"device is {device!r}: 'auto', 'cuda', 'sim', or one with ordinals such as 'cuda:0' or 'cuda:0,1' is allowed"
+        )
     numbers = [int(part) for part in ordinals]
     if len(set(numbers)) != len(numbers):
         raise ValueError(f"device is {device!r}: each ordinal may be named once, ranks are divided among them")
@@ -84,7 +90,9 @@ def _choose(device: str, gpus: list[Gpu], ordinals: list[int], world_size: int) 
     if poor := [gpu for gpu in chosen if gpu.capability < MIN_CAPABILITY]:
         raise ValueError(f"{_found(poor)}: compute capability 9.0 or later (Hopper) is needed; device='sim' runs without a GPU")
     if not chosen:
-        raise ValueError(f"no GPU is capable: {_found(gpus)}, compute capability 9.0 or later is needed; device='sim' runs without")
+        raise ValueError(
+            f"no GPU is capable: {_found(gpus)}, compute capability 9.0 or later is needed; device='sim' runs without"
+        )
     if not ordinals and len(chosen) < world_size:
         raise ValueError(
             f"tensor_parallel_size is {world_size} but {len(chosen)} capable GPU(s) are visible: use at most {len(chosen)}, or "
@@ -95,7 +103,9 @@ def _choose(device: str, gpus: list[Gpu], ordinals: list[int], world_size: int) 
 
 def _check_division(world_size: int, places: int) -> None:
     if world_size % places:
-        raise ValueError(f"{world_size} rank(s) cannot be divided evenly among {places} devices: name a divisor of {world_size}")
+        raise ValueError(
+            f"{world_size} rank(s) cannot be divided evenly among {places} devices: name a divisor of {world_size}"
+        )
 
 
 def _divide(world_size: int, places: int) -> list[tuple[int, ...]]:

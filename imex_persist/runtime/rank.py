@@ -44,14 +44,18 @@ class RankMemory:
             self.device.upload(peer, self.rank * VERIFY_WORD, mark)
             seen = self.device.download(peer, self.rank * VERIFY_WORD, VERIFY_WORD)
             if bytes(seen) != bytes(mark):
-                raise DeviceError(f"rank {self.rank} wrote to rank {rank}'s memory and read something else: peer access does not work")
+                raise DeviceError(
+                    f"rank {self.rank} wrote to rank {rank}'s memory and read something else: peer access does not work"
+                )
 
     def read_marks(self, nonce: int) -> None:
         """Finds every peer's mark in the own memory, then clears it. Call when all ranks have written theirs."""
         for rank in self.peers:
             seen = self.device.download(self.symmetric, rank * VERIFY_WORD, VERIFY_WORD)
             if bytes(seen) != bytes(_mark(nonce, rank, self.rank)):
-                raise DeviceError(f"what rank {rank} wrote did not arrive in rank {self.rank}'s memory: peer access does not work")
+                raise DeviceError(
+                    f"what rank {rank} wrote did not arrive in rank {self.rank}'s memory: peer access does not work"
+                )
         self.device.upload(self.symmetric, 0, np.zeros(len(self.peers) * VERIFY_WORD, np.uint8))
 
     def params(self, *, mailbox: int, fault: int, deadline_us: int) -> np.void:

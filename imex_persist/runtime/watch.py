@@ -66,7 +66,8 @@ class Watcher:
     def _run(self) -> None:
         while self.error is None:
             if self._shutdown:
-                return self._stop_in_order()
+                self._stop_in_order()
+                return
             if self._probe:
                 self._probe = False
                 self._send_all({"do": "probe"})

@@ -20,8 +20,8 @@ from imex_persist.planner import Machine
 from imex_persist.runtime import capacity, faults
 from imex_persist.runtime.control import Channel, Closed
 from imex_persist.runtime.lifeline import exit_after, follow_parent
-from imex_persist.runtime.mailbox import ArenaLayout, Mailbox
 from imex_persist.runtime.machines import open_device
+from imex_persist.runtime.mailbox import ArenaLayout, Mailbox
 from imex_persist.runtime.rank import RankMemory, launch_params
 from imex_persist.runtime.shared import SharedBlock
 
@@ -46,7 +46,7 @@ class Worker:
     def open(self, m: dict) -> dict:
         self.ranks, self.world_size = list(m["ranks"]), int(m["world_size"])
         self.deadline_s = float(m["deadline_s"])
-        self.device = open_device(m["kind"], m["ordinal"], m["uuid"], self.ranks)
+        self.device = open_device(m["kind"], m["ordinal"], m["uuid"], self.ranks, self.world_size)
         machine = self.device.machine
         fields = {name: getattr(machine, name) for name in Machine.__dataclass_fields__}
         return {"machine": fields, "identity": self.device.identity()}

@@ -1,10 +1,5 @@
 """Tests that need torch and transformers (extra `oracle`); `make test-oracle` runs them, `make test` does not."""
 
-import sys
-from pathlib import Path
+from importlib.util import find_spec
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # oracle_models, whatever pytest's import mode
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
+collect_ignore_glob = [] if find_spec("torch") and find_spec("transformers") else ["test_*.py"]

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import transformers
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
-from oracle_models import LLAMA3, hf_model, torch_logits  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.oracle.oracle_models import LLAMA3, hf_model, torch_logits  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
 
 from imex_persist.model.config import ModelConfig  # noqa: E402
@@ -46,7 +46,8 @@ MODELS = {
         "vocab_size": 101,
         "rope_parameters": LLAMA3 | {"rope_theta": 500000.0},
     },
-    "mha_linear": BASE | {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    "mha_linear": BASE
+    | {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
 }
 ROPES = {
     "default_64": (64, DEFAULT),

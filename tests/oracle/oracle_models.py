@@ -73,7 +73,9 @@ def randomize(model: LlamaForCausalLM) -> None:
 
 def hf_model(config: ModelConfig, source: WeightSource, rope: dict) -> LlamaForCausalLM:
     """The transformers model of a configuration and source of this package; `rope` is its rope_parameters."""
-    names = ("hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size").split()
+    names = (
+        "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size"
+    ).split()
     names += ["rms_norm_eps", "tie_word_embeddings", "max_position_embeddings"]
     model = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names}, rope_parameters=dict(rope)))
     model = model.float().eval()

@@ -34,7 +34,9 @@ def params_for(prompts: list[Prompt], given, default: SamplingParams) -> list[Sa
     if not isinstance(given, Sequence) or any(not isinstance(one, SamplingParams) for one in given):
         raise ValueError(f"sampling_params is {given!r}: a SamplingParams or a list of them is allowed")
     if len(given) != len(prompts):
-        raise ValueError(f"{len(given)} sampling_params were given for {len(prompts)} prompts: give one, or one for each prompt")
+        raise ValueError(
+            f"{len(given)} sampling_params were given for {len(prompts)} prompts: give one, or one for each prompt"
+        )
     return list(given)
 
 
@@ -57,7 +59,11 @@ def to_ids(prompt: Prompt, model: Model) -> tuple[str | None, list[int]]:
 def render_chat(conversation, model: Model) -> dict:
     """A conversation as a prompt, with the model's template and the start of the assistant's answer."""
     for message in conversation:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+        if (
+            not isinstance(message, Mapping)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str)
+        ):
             raise ValueError(f"a message is {message!r}: {{'role': …, 'content': …}} with strings is allowed")
     tokenizer = model.require_tokenizer()
     messages = [dict(message) for message in conversation]

@@ -1,0 +1,162 @@
+"""The CUDA build without a GPU: every kernel compiles for every target, in its registers, with the instructions that were meant."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from imex_persist import abi
+from imex_persist.device import nvrtc, sources
+from imex_persist.errors import DeviceError
+from tests.gpu.bench import KERNELS, make_shape
+
+from .disassembly import basic_blocks, nvdisasm
+from .shapes import CASES, MACHINES
+
+THREADS = (abi.CONSUMER_WARPS + 2) * 32
+REGISTER_FILE = 65536
+UNROLLED = 4  # matrix instructions in a row, at least, where a tile is multiplied: fewer means a branch inside the loop
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _needs_nvrtc():
+    try:
+        nvrtc.version()
+    except DeviceError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=nvrtc.TARGETS)
+def arch(request):
+    return request.param
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_kernel_compiles_within_its_budget(case, arch):
+    shape, rows = case.shape(arch)
+    build = nvrtc.compile_kernel(shape, arch)
+    entry = build.resources["decode"]
+    print(f"{case.name} {arch}: {rows} row(s), {shape['ring_stages']} tiles, {shape['smem_bytes']} bytes shared, {entry}")
+    assert 0 < entry.registers <= REGISTER_FILE // THREADS
+    assert int(shape["smem_bytes"]) + entry.shared_bytes <= MACHINES[arch].shared_memory_bytes
+    spilled = {name: found for name, found in build.resources.items() if found.spills}
+    assert not spilled, f"local memory is used, which is a load and a store more where time counts: {spilled}"
+    check_ptx(build.ptx)
+    if tool := nvdisasm():
+        check_sass(basic_blocks(build.cubin, tool))
+
+
+def check_ptx(ptx: str) -> None:
+    for instruction, why in (
+        ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "weights meet activations on the tensor cores"),
+        ("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint", "weights stream by bulk copies"),
+        ("ld.shared.v4", "the operands of the tensor cores are 16-byte loads that are known to be of shared memory"),
+        ("st.relaxed.sys.global.v2.u64", "words are stored in pairs"),
+        ("ld.relaxed.sys.global.v2.u64", "words are polled in pairs"),
+        ("mbarrier.try_wait.parity.acquire.cta", "tiles are awaited on mbarriers"),
+    ):
+        assert instruction in ptx, f"{instruction} is missing from the PTX: {why}"
+    assert ".local" not in ptx, "an array is indexed by a number that the compiler does not know, and lives in local memory"
+
+
+def check_sass(blocks: list[list[str]]) -> None:
+    opcodes = Counter(opcode for block in blocks for opcode in block)
+    for wanted in ("HMMA.16816.F32.BF16", "LDS.128", "UBLKCP.S.G", "LDG.E.128.STRONG.SYS", "STG.E.128.STRONG.SYS"):
+        assert opcodes[wanted], f"{wanted} is missing from the machine code"
+    local = {opcode: count for opcode, count in opcodes.items() if opcode.startswith(("LDL", "STL"))}
+    assert not local, f"local memory is used: {local}"
+    matrix = [Counter(block) for block in blocks if any(opcode.startswith("HMMA") for opcode in block)]
+    narrow = {opcode for block in matrix for opcode in block if opcode.startswith("LDS") and opcode != "LDS.128"}
+    assert not narrow, f"beside the matrix instructions shared memory is read with {narrow}, not only with LDS.128"
+    generic = {opcode for block in matrix for opcode in block if opcode.partition(".")[0] == "LD"}
+    assert not generic, f"the compiler does not know that {generic} read shared memory"
+    products = sum(block["HMMA.16816.F32.BF16"] for block in matrix)
+    assert sum(block["LDS.128"] for block in matrix) * 2 >= products, "operands are read in pieces"
+    assert max(block["HMMA.16816.F32.BF16"] for block in matrix) >= UNROLLED
+
+
+def test_the_gpu_tests_kernels_compile(arch):
+    for rows, head_dim in ((1, 32), (8, 64), (16, 128)):
+        build = nvrtc.compile_kernel(make_shape(max_rows=rows, head_dim=head_dim), arch, KERNELS)
+        spilled = {name: found for name, found in build.resources.items() if found.spills}
+        assert not spilled, f"a primitive uses local memory at {rows} rows, head_dim {head_dim}: {spilled}"
+
+
+def test_each_phase_alone_compiles_with_the_tap():
+    for phase in abi.Phase:
+        shape, _ = CASES[0].shape("sm_90a")
+        shape["only_phase"], shape["only_layer"], shape["tap"] = 1 + phase, 1, 1
+        nvrtc.compile_kernel(shape, "sm_90a")
+
+
+def test_a_second_build_comes_from_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("IMEX_CACHE", str(tmp_path))
+    first = nvrtc.compile_kernel(make_shape(), "sm_90a", KERNELS)
+    monkeypatch.setattr(nvrtc, "_run", lambda *_: pytest.fail("compiled twice"))
+    second = nvrtc.compile_kernel(make_shape(), "sm_90a", KERNELS)
+    assert first == second
+    assert first.cubin.read_bytes()[:4] == b"\x7fELF"
+    assert [path.name for path in tmp_path.iterdir()] == ["cuda"]
+    assert len(list((tmp_path / "cuda").iterdir())) == 1, "a scratch folder was left behind"
+
+
+def test_what_changes_a_build_changes_its_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("IMEX_CACHE", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "_run", lambda *_: (b"cubin", b"ptx", "log"))
+    folders = {
+        nvrtc.compile_kernel(make_shape(), "sm_90a", KERNELS).folder,
+        nvrtc.compile_kernel(make_shape(), "sm_100a", KERNELS).folder,
+        nvrtc.compile_kernel(make_shape(max_rows=2), "sm_90a", KERNELS).folder,
+        nvrtc.compile_kernel(make_shape(), "sm_90a").folder,
+    }
+    monkeypatch.setattr(nvrtc, "version", lambda: (99, 1))
+    folders.add(nvrtc.compile_kernel(make_shape(), "sm_90a", KERNELS).folder)
+    assert len(folders) == 5
+
+
+def test_errors_are_sentences(monkeypatch, tmp_path):
+    monkeypatch.setenv("IMEX_CACHE", str(tmp_path / "cache"))
+    broken = tmp_path / "broken.cu"
+    broken.write_text("__global__ void f() { undefined(); }\n")
+    with pytest.raises(DeviceError, match=r"broken.cu does not compile for sm_90a: .*undefined"):
+        nvrtc.compile_kernel(make_shape(), "sm_90a", broken)
+    with pytest.raises(DeviceError, match="does not compile for sm_77a"):
+        nvrtc.compile_kernel(make_shape(), "sm_77a", KERNELS)
+    assert not any(path.name.startswith(".") for path in (tmp_path / "cache").rglob("*"))
+
+
+def test_a_log_with_spills_is_understood():
+    log = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'decode' for 'sm_90a'
+ptxas info    : Function properties for decode
+ptxas         .     48 bytes stack frame, 44 bytes spill stores, 40 bytes spill loads
+ptxas info    : Used 168 registers, used 2 barriers, 48 bytes cumulative stack size, 16 bytes smem
+ptxas info    : Function properties for give_up
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+"""
+    found = nvrtc.parse_resources(log)
+    assert found["decode"] == nvrtc.Resources(168, 48, 44, 40, shared_bytes=16, barriers=2)
+    assert found["decode"].spills
+    assert not found["give_up"].spills
+
+
+def test_the_sources_are_found_and_an_unwritable_cache_is_named(monkeypatch, tmp_path):
+    assert (sources.cuda_src() / "decode.cu").is_file()
+    assert not any("sim" in path.relative_to(sources.cuda_src()).parts for path in sources.source_files(without=["sim"]))
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("IMEX_CACHE", str(blocked))
+    with pytest.raises(DeviceError, match="IMEX_CACHE"):
+        sources.cached("cuda/x", lambda folder: None)
+
+
+def test_shape_survives_the_command_line():
+    """Numbers that are awkward as C++ literals: a small float, the largest offset."""
+    shape = make_shape()
+    shape["rms_eps"], shape["symmetric_words"] = np.float32(1e-6), 2**32 - 1
+    text = abi.shape_initializer(shape)
+    assert text.startswith("{") and text.endswith("}")
+    assert f"{2**32 - 1}u" in text
+    nvrtc.compile_kernel(shape, "sm_90a", KERNELS)
