@@ -20,6 +20,8 @@ constexpr int kUnitRows = 8;
 constexpr int kChunk = 32;
 constexpr int kMaxHeadDim = 128;
 constexpr int kConsumerWarps = 8;
+constexpr int kAdderWarps = 2;
+constexpr int kNumWarps = 12;
 constexpr int kPartSlots = 4;
 constexpr int kMaxStopIds = 16;
 constexpr int kPlanHeaderWords = 2;
@@ -86,6 +88,15 @@ enum class Strategy : unsigned int {
   kTwoShot = 2,
 };
 
+// Kinds of TraceEvent, by one thread of each block's consumers.
+enum class Mark : unsigned int {
+  kClock = 0,
+  kBegin = 1,
+  kInput = 2,
+  kReady = 3,
+  kEnd = 4,
+};
+
 // Descriptor.flags.
 enum class SubmitFlag : unsigned int {
   kIgnoreEos = 1,
@@ -137,8 +148,9 @@ struct Shape {
   unsigned int tap;
   unsigned int only_phase;
   unsigned int only_layer;
+  unsigned int trace;
 };
-static_assert(sizeof(Shape) == 180);
+static_assert(sizeof(Shape) == 184);
 IMEX_OFFSET(Shape, hidden_size, 0);
 IMEX_OFFSET(Shape, num_layers, 4);
 IMEX_OFFSET(Shape, num_heads, 8);
@@ -184,6 +196,7 @@ IMEX_OFFSET(Shape, smem_bytes, 164);
 IMEX_OFFSET(Shape, tap, 168);
 IMEX_OFFSET(Shape, only_phase, 172);
 IMEX_OFFSET(Shape, only_layer, 176);
+IMEX_OFFSET(Shape, trace, 180);
 
 struct RankParams {
   unsigned long long qkv;
@@ -201,10 +214,11 @@ struct RankParams {
   unsigned long long mailbox;
   unsigned long long fault;
   unsigned long long tap;
+  unsigned long long trace;
   unsigned int rank;
   unsigned int deadline_us;
 };
-static_assert(sizeof(RankParams) == 184);
+static_assert(sizeof(RankParams) == 192);
 IMEX_OFFSET(RankParams, qkv, 0);
 IMEX_OFFSET(RankParams, o_proj, 8);
 IMEX_OFFSET(RankParams, gate_up, 16);
@@ -220,17 +234,18 @@ IMEX_OFFSET(RankParams, peers, 88);
 IMEX_OFFSET(RankParams, mailbox, 152);
 IMEX_OFFSET(RankParams, fault, 160);
 IMEX_OFFSET(RankParams, tap, 168);
-IMEX_OFFSET(RankParams, rank, 176);
-IMEX_OFFSET(RankParams, deadline_us, 180);
+IMEX_OFFSET(RankParams, trace, 176);
+IMEX_OFFSET(RankParams, rank, 184);
+IMEX_OFFSET(RankParams, deadline_us, 188);
 
 struct LaunchParams {
   RankParams ranks[8];
   unsigned int num_ranks;
   unsigned int _pad;
 };
-static_assert(sizeof(LaunchParams) == 1480);
+static_assert(sizeof(LaunchParams) == 1544);
 IMEX_OFFSET(LaunchParams, ranks, 0);
-IMEX_OFFSET(LaunchParams, num_ranks, 1472);
+IMEX_OFFSET(LaunchParams, num_ranks, 1536);
 
 struct Descriptor {
   unsigned int sequence;
@@ -280,6 +295,18 @@ IMEX_OFFSET(TokenRecord, token, 12);
 IMEX_OFFSET(TokenRecord, index, 16);
 IMEX_OFFSET(TokenRecord, finish, 20);
 IMEX_OFFSET(TokenRecord, time_ns, 24);
+
+struct TraceEvent {
+  unsigned int clock;
+  unsigned int what;
+  unsigned int value;
+  unsigned int step;
+};
+static_assert(sizeof(TraceEvent) == 16);
+IMEX_OFFSET(TraceEvent, clock, 0);
+IMEX_OFFSET(TraceEvent, what, 4);
+IMEX_OFFSET(TraceEvent, value, 8);
+IMEX_OFFSET(TraceEvent, step, 12);
 
 struct FaultRecord {
   unsigned int valid;

@@ -17,16 +17,29 @@ struct Row {
   u32 samples;    // whether its logits are sampled
 };
 
-struct SlotState;  // mailbox.cuh
+// What a part slot holds, for the warp that adds it.
+struct UnitNote {
+  int unit;  // or kUnitEnd, kUnitExit
+  Phase phase;
+  u32 layer, step;
+};
+
+struct FaultNote {
+  u32 set;
+  u32 phase, layer, wait, expected, seen, waited_us, source;
+};
 
 // The head of shared memory; the big arrays follow at the offsets in Shape.
 struct Shared {
   u64 full[kMaxStages];   // bulk copies -> consumers: the stage's tile is here
   u64 empty[kMaxStages];  // consumer warps -> producer: the stage may be overwritten
-  u64 done[kPartSlots];   // consumer warps -> the warp that adds: all partial sums of a unit are here
-  u64 free[kPartSlots];   // the warp that adds -> consumer warps: they have been read
+  u64 done[kPartSlots];   // consumer warps -> adder: all partial sums of a unit are here
+  u64 free[kPartSlots];   // adder -> consumer warps: they have been read
+  u64 candidates_ready;   // adders -> consumers: every row's best logits of this block are in `candidates`
   u64 step_begin;         // consumers -> producer: plan read, KV pages of earlier steps may be streamed
   u64 step_end[2];        // consumers -> mailbox, by step parity: the step's tokens are in `tokens`
+  UnitNote notes[kPartSlots];
+  FaultNote fault;        // the first wait of this block that lasted too long
   int unit[kMaxStages];   // what the stage holds: a unit's index, or one of the marks below
   u32 plan[kMaxPlanWords];
   u32 num_rows, num_sampling, command;
@@ -34,6 +47,7 @@ struct Shared {
   u32 tokens[2][kMaxRows];  // by step parity: what the step sampled
   float norm_sums[kMaxRows][kConsumerWarps];
   u64 best[kMaxRows][kConsumerWarps];
+  u64 candidates[kAdderWarps][kMaxRows * (kUnitRows / 2)];
   alignas(16) char mailbox[kSharedMailboxBytes];  // struct MailboxState of rank 0's block 0
 };
 static_assert(sizeof(Shared) <= kSharedHeaderBytes, "raise SHARED_HEADER_BYTES in abi.py");
@@ -41,6 +55,7 @@ static_assert(sizeof(Shared) <= kSharedHeaderBytes, "raise SHARED_HEADER_BYTES i
 constexpr int kUnitEnd = -1;   // no more units of this phase for this block
 constexpr int kUnitNorm = -2;  // RMSNorm weights
 constexpr int kUnitPage = -3;  // a KV page
+constexpr int kUnitExit = -4;  // the adders leave
 
 // A position in the ring, kept by everyone who walks it.
 struct RingCursor {
@@ -62,7 +77,9 @@ struct Block {
   int thread;  // consumers: 0 .. kConsumerThreads - 1
   u32 step;
   RingCursor ring;
-  u32 num_units;  // units this warp has seen: names the part slot and the warp that adds
+  u32 num_events, tile_clocks;  // trace.cuh
+  u32 num_units;     // units this warp has handed to the adders: names the part slot and the adder
+  u32 num_lm_heads;  // steps that had logits
 };
 
 DEV int num_rows(const Block& b) { return shape().max_rows == 1 ? 1 : (int)b.shared->num_rows; }

@@ -1,19 +1,16 @@
 // The decode kernel: one resident launch that runs every decode step of a model, token after token. Read this file first.
 //
-// Each block is one SM's worth of three roles, by warp:
+// Each block is one SM's worth of four roles, by warp:
 //   consumers (warps 0-7)  walk the phases of the step, below in decode order; each phase is a file in phases/
-//   producer  (warp 8)     streams the weights and KV pages of the same phases through a ring in shared memory (stream.cuh)
-//   mailbox   (warp 9)     on rank 0's block 0 talks to the host and plans the steps (mailbox.cuh)
+//   adders    (warps 8, 9) sum what the consumers computed and send it off as words (adders.cuh)
+//   producer  (warp 10)    streams the weights and KV pages of the same phases through a ring in shared memory (stream.cuh)
+//   mailbox   (warp 11)    on rank 0's block 0 talks to the host and plans the steps (mailbox.cuh)
 // Activations cross blocks and ranks as tagged words (words.cuh); partial sums cross ranks inside o_proj and down_proj (exchange.cuh).
 // There is no barrier of the grid and no fence on the token path but the KV rule's (kv.cuh).
+#include "adders.cuh"
 #include "mailbox.cuh"
 #include "phases/embed.cuh"
-#include "phases/qkv.cuh"
 #include "phases/attention.cuh"
-#include "phases/o_proj.cuh"
-#include "phases/gate_up.cuh"
-#include "phases/down_proj.cuh"
-#include "phases/lm_head.cuh"
 #include "phases/sample.cuh"
 
 namespace imex {
@@ -34,10 +31,12 @@ DEV void consume(Block& b) {
     if (b.shared->command == (u32)Command::kShutdown) {
       b.waiter.layer = first_layer();
       if (runs(Phase::kQkv)) skip_units(b);  // what the producer fetched ahead
-      return;
+      break;
     }
-    if (!decode_step(b) || shape().only_phase) return;
+    if (!decode_step(b) || shape().only_phase) break;
   }
+  hand_over_mark(b, kUnitExit);
+  report_fault(b);
 }
 
 DEV void produce(Block& b) {
@@ -77,6 +76,7 @@ DEV void start_barriers(Shared& s) {
     mbar_init(&s.done[i], kConsumerWarps);
     mbar_init(&s.free[i], 1);
   }
+  mbar_init(&s.candidates_ready, kAdderWarps);
   mbar_init(&s.step_begin, 1);
   mbar_init(&s.step_end[0], 1);
   mbar_init(&s.step_end[1], 1);
@@ -98,13 +98,18 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams launch) {
   b.lane = lane_index();
   b.thread = b.warp * LANES + b.lane;
   b.step = 0;
-  b.num_units = 0;
-  b.waiter = {b.params, (u32)b.index, 0, Phase::kEmbed, false};
-  if (b.thread == 0) start_barriers(*b.shared);
+  b.num_units = b.num_lm_heads = b.num_events = b.tile_clocks = 0;
+  b.waiter = {b.params, 0, Phase::kEmbed, false};
+  if (b.thread == 0) {
+    b.shared->fault.set = 0;
+    start_barriers(*b.shared);
+  }
   block_sync();
   if (b.warp < kConsumerWarps) {
     consume(b);
-  } else if (b.warp == kConsumerWarps) {
+  } else if (b.warp < kConsumerWarps + kAdderWarps) {
+    add_units(b, b.warp - kConsumerWarps);
+  } else if (b.warp == kConsumerWarps + kAdderWarps) {
     if (b.lane == 0) produce(b);
   } else if (b.params->rank == 0 && b.index == 0 && b.params->mailbox) {
     run_mailbox(b);

@@ -19,6 +19,7 @@
 // names exchanged covers down_part, o_sum and down_sum, qkv, split, attn and gate. o_sum and down_sum are two buffers because the
 // owner of a slice waits only for that slice's words: with one, it could publish down sums while a late block still reads o sums.
 #pragma once
+#include "norm.cuh"
 #include "words.cuh"
 
 namespace imex {
@@ -49,65 +50,97 @@ DEV void push_partial(const Block& b, Exchange x, u32 slice, int row, int n, flo
     store_words(words_of(b, r, at), float_bits(sum.x), float_bits(sum.y), epoch);
 }
 
-// Adds the partial sums of pair `pair(i)` of row `row(i)`, i < count, over all sources in order; use(i, sum).
-template <class RowOf, class PairOf, class Use>
-DEV void add_sources(Block& b, Exchange x, u32 epoch, int count, RowOf row, PairOf pair, Use use) {
-  const int sources = shape().world_size * x.slices;
+// A block's whole part in ONE_SHOT: adds every source's words to the replicated residual.
+DEV void receive_whole(Block& b, Exchange x, u32 epoch) {
+  const int hidden = shape().hidden_size, quads = hidden / 4, per_row = quads_per_thread();
+  const int sources = shape().world_size * x.slices, loads = 2 * sources;  // of a quad: each source's, two pairs each
+  auto quad_of = [&](int item) { return b.thread + item % per_row * kConsumerThreads; };  // may be beyond the row's last
+  float sum[4] = {0.f, 0.f, 0.f, 0.f}, squares = 0.f;
+  gather(
+      b, epoch, num_rows(b) * per_row * loads,
+      [&](int i) {
+        const int item = i / loads, source = i % loads / 2, n = smaller(quad_of(item), quads - 1) * 4 + i % 2 * 2;
+        return own_words(b, x.part_offset + (source * shape().max_rows + item / per_row) * hidden + n);
+      },
+      [&](int i) { return (u32)(i % loads / 2) / x.slices; },
+      [&](int i, u32 first, u32 second) {
+        const bool start = i % loads < 2;
+        float& s0 = i % 2 ? sum[2] : sum[0];
+        float& s1 = i % 2 ? sum[3] : sum[1];
+        s0 = (start ? 0.f : s0) + bits_float(first);
+        s1 = (start ? 0.f : s1) + bits_float(second);
+        if (i % loads < loads - 1) return;
+        const int item = i / loads, row = item / per_row, quad = quad_of(item);
+        if (item % per_row == 0) squares = 0.f;
+        if (quad < quads) {
+          float* r = residual(b) + row * hidden + 4 * quad;
+          UNROLL for (int j = 0; j < 4; j++) r[j] = sum[j] = r[j] + sum[j];
+          const u64 v = (u64)pack_bf16(sum[2], sum[3]) << 32 | pack_bf16(sum[0], sum[1]);
+          *(u64*)(activations(b) + activation_offset(row, 4 * quad)) = v;
+          squares += quad_squares(v);
+        }
+        if (item % per_row == per_row - 1) put_row_sum(b, row, squares);
+      });
+}
+
+// A slice owner's part in the others: adds every source's words of its slice to its residual and publishes them, rounded.
+DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
+  const int hidden = shape().hidden_size, pairs = hidden / 2, sources = shape().world_size * x.slices;
+  const int mine = owned_pairs(), begin = owner_index(b) * mine, owned = (int)smaller(begin + mine, pairs) - begin;
+  if (owned <= 0) return;
+  const int total = num_rows(b) * owned;
+  auto at = [&](int i) { return (int)smaller(b.thread + i / sources * kConsumerThreads, total - 1); };
   float2 sum = {0.f, 0.f};
   gather(
-      b, epoch, count * sources,
+      b, epoch, divide_up(total, kConsumerThreads) * sources,
       [&](int i) {
-        const int item = i / sources, source = i % sources;
-        return own_words(b, x.part_offset + (source * shape().max_rows + row(item)) * shape().hidden_size + 2 * pair(item));
+        return own_words(b, x.part_offset + (i % sources * shape().max_rows + at(i) / owned) * hidden + 2 * (begin + at(i) % owned));
       },
       [&](int i) { return (u32)(i % sources) / x.slices; },
       [&](int i, u32 first, u32 second) {
         const bool start = i % sources == 0;
         sum.x = (start ? 0.f : sum.x) + bits_float(first);
         sum.y = (start ? 0.f : sum.y) + bits_float(second);
-        if (i % sources == sources - 1) use(i / sources, sum);
+        if (i % sources < sources - 1 || b.thread + i / sources * kConsumerThreads >= total || b.waiter.failed) return;
+        const int row = at(i) / owned, pair = at(i) % owned;
+        float2* r = (float2*)(residual(b) + (row * mine + pair) * 2);
+        const float2 v = {r->x + sum.x, r->y + sum.y};
+        *r = v;
+        const u32 to = x.sum_offset + row * pairs + begin + pair;
+        for (u32 p = 0; p < shape().world_size; p++)
+          if (two_shot() || p == b.params->rank) store_word(words_of(b, p, to), pack_bf16(v.x, v.y), epoch);
       });
 }
 
 // Takes in the exchange of `epoch`: adds it to the residual and leaves the residual, rounded to bf16, as the activations of every
-// row. All consumers; false when the block must leave.
+// row, with their sums of squares. All consumers; false when the block must leave.
 DEV bool receive(Block& b, Exchange x, u32 epoch) {
-  const int rows = num_rows(b), hidden = shape().hidden_size, pairs = hidden / 2;
+  consumer_sync();  // the phase before has read the activations
   if (one_shot(b)) {
-    const int total = rows * pairs;
-    consumer_sync();  // the phase before has read the activations
-    auto at = [&](int i) { return (int)smaller(b.thread + i * kConsumerThreads, total - 1); };
-    add_sources(
-        b, x, epoch, divide_up(total, kConsumerThreads), [&](int i) { return at(i) / pairs; }, [&](int i) { return at(i) % pairs; },
-        [&](int i, float2 sum) {
-          if (b.thread + i * kConsumerThreads >= total) return;
-          const int row = at(i) / pairs, n = at(i) % pairs * 2;
-          float2* r = (float2*)(residual(b) + row * hidden + n);
-          const float2 v = {r->x + sum.x, r->y + sum.y};
-          *r = v;
-          *(u32*)(activations(b) + activation_offset(row, n)) = pack_bf16(v.x, v.y);
-        });
+    receive_whole(b, x, epoch);
     return all_well(b);
   }
-  const int mine = owned_pairs(), begin = owner_index(b) * mine, owned = (int)smaller(begin + mine, pairs) - begin;
-  if (owned > 0) {
-    const int total = rows * owned;
-    auto at = [&](int i) { return (int)smaller(b.thread + i * kConsumerThreads, total - 1); };
-    add_sources(
-        b, x, epoch, divide_up(total, kConsumerThreads), [&](int i) { return at(i) / owned; },
-        [&](int i) { return begin + at(i) % owned; },
-        [&](int i, float2 sum) {
-          if (b.thread + i * kConsumerThreads >= total || b.waiter.failed) return;
-          const int row = at(i) / owned, pair = at(i) % owned;
-          float2* r = (float2*)(residual(b) + (row * mine + pair) * 2);
-          const float2 v = {r->x + sum.x, r->y + sum.y};
-          *r = v;
-          const u32 to = x.sum_offset + row * pairs + begin + pair;
-          for (u32 p = 0; p < shape().world_size; p++)
-            if (two_shot() || p == b.params->rank) store_word(words_of(b, p, to), pack_bf16(v.x, v.y), epoch);
-        });
-  }
-  return gather_activations(b, epoch, own_words(b, x.sum_offset), pairs, pairs);
+  receive_slice(b, x, epoch);
+  const int quads = shape().hidden_size / 4, per_row = quads_per_thread();
+  float squares = 0.f;
+  gather(
+      b, epoch, num_rows(b) * per_row,
+      [&](int i) {
+        const int quad = smaller(b.thread + i % per_row * kConsumerThreads, quads - 1);
+        return own_words(b, x.sum_offset + i / per_row * (2 * quads) + 2 * quad);
+      },
+      [&](int) { return b.params->rank; },
+      [&](int i, u32 first, u32 second) {
+        const int row = i / per_row, quad = b.thread + i % per_row * kConsumerThreads;
+        const u64 v = (u64)second << 32 | first;
+        if (i % per_row == 0) squares = 0.f;
+        if (quad < quads) {
+          *(u64*)(activations(b) + activation_offset(row, 4 * quad)) = v;
+          squares += quad_squares(v);
+        }
+        if (i % per_row == per_row - 1) put_row_sum(b, row, squares);
+      });
+  return all_well(b);
 }
 
 // Puts a value of the residual where `receive` will look for it: outputs n .. n + 3 of a row. `embed` starts every step with it.

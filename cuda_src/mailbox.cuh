@@ -234,7 +234,7 @@ DEV bool all_free(const MailboxWarp& m) {
   return true;
 }
 
-// Rank 0's block 0, warp kConsumerWarps + 1. Lane 0 decides; the others help to read lines and to publish plans.
+// Rank 0's block 0, the last warp. Lane 0 decides; the others help to read lines and to publish plans.
 DEV void run_mailbox(Block& b) {
   MailboxState* state = (MailboxState*)b.shared->mailbox;
   MailboxWarp m = {b.params, b.shared, state, (Mailbox*)b.params->mailbox, b.lane, 1, 1, 0, 0, 0, 0, 0, timer_ns()};

@@ -1,7 +1,7 @@
 // The plan of a step: which rows it has. Rank 0's mailbox publishes it as words to every rank, one step ahead, so that all ranks run
 // the same rows and admission costs no latency; every block reads it here.
 #pragma once
-#include "block.cuh"
+#include "trace.cuh"
 
 namespace imex {
 
@@ -51,6 +51,7 @@ DEV bool begin_step(Block& b) {
   }
   consumer_sync();
   if (b.thread == 0) mbar_arrive(&s.step_begin);
+  mark(b, Mark::kClock, (u32)timer_ns());
   return true;
 }
 

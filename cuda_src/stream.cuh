@@ -4,7 +4,7 @@
 // mbarriers, full and empty. A consumer warp waits for every stage in turn, also those it has no use for: parity cannot tell laps
 // apart, so nobody may be more than one lap ahead, and waiting for each stage's `full` keeps it so.
 #pragma once
-#include "block.cuh"
+#include "trace.cuh"
 
 namespace imex {
 
@@ -87,7 +87,12 @@ DEV u32* claim_counter(const Block& b, u32 layer, u32 which) {
 // ---------------------------------------------------------------------------------------------- consumers
 // Waits for the stage at the cursor; returns what it holds.
 DEV int wait_stage(Block& b) {
-  mbar_wait(b.waiter, Wait::kTile, false, &b.shared->full[b.ring.stage], b.ring.parity);
+  u64* full = &b.shared->full[b.ring.stage];
+  if (!shape().trace || !mbar_test(full, b.ring.parity)) {  // a wait is timed only if its first poll fails
+    const u32 began = shape().trace ? clock_low() : 0;
+    mbar_wait(b.waiter, Wait::kTile, false, full, b.ring.parity);
+    if (shape().trace) b.tile_clocks += clock_low() - began;
+  }
   return b.shared->unit[b.ring.stage];
 }
 DEV void release_stage(Block& b) {
@@ -107,10 +112,25 @@ DEV float2 unit_sums(const Block& b, int slot, int row, int pair) {
   return sum;
 }
 
-// Multiplies the activations (K wide) with every unit the producer sends until its mark, and hands each to
-// emit(unit, slot): one warp, in turn, whose lanes read the sums with unit_sums. No barrier of the block inside.
-template <class Emit>
-DEV void multiply_units(Block& b, int k, Emit emit) {
+// Hands a unit, or a mark, to the adders: `store` leaves this warp's partial sums in the slot.
+template <class Store>
+DEV void hand_over(Block& b, int unit, Store store) {
+  const int slot = b.num_units % kPartSlots;
+  mbar_wait(b.waiter, Wait::kPartial, false, &b.shared->free[slot], (b.num_units / kPartSlots & 1) ^ 1);
+  if (b.waiter.failed) return;
+  store(slot);
+  if (b.thread == 0) b.shared->notes[slot] = {unit, b.waiter.phase, b.waiter.layer, b.step};
+  warp_sync();
+  if (b.lane == 0) mbar_arrive(&b.shared->done[slot]);
+  b.num_units++;
+}
+DEV void hand_over_mark(Block& b, int mark) {  // to each adder
+  for (int i = 0; i < kAdderWarps; i++) hand_over(b, mark, [](int) {});
+}
+
+// Multiplies the activations (K wide) with every unit the producer sends until its mark, and hands the sums to the adders, which
+// send the results off while these warps go on: no barrier of the block, and nobody waits for anybody's addition.
+DEV void multiply_units(Block& b, int k) {
   const int chunks = k / 32, rows = num_rows(b), tiles = divide_up(k, kTileK);
   const char* x = activations(b);
   while (!b.waiter.failed) {
@@ -129,19 +149,7 @@ DEV void multiply_units(Block& b, int k, Emit emit) {
       release_stage(b);
       return;
     }
-    const int slot = b.num_units % kPartSlots;
-    const u32 parity = b.num_units / kPartSlots & 1;
-    mbar_wait(b.waiter, Wait::kPartial, false, &b.shared->free[slot], parity ^ 1);
-    accum_store(acc, partial_sums(b, slot, b.warp), rows);
-    warp_sync();
-    if (b.lane == 0) mbar_arrive(&b.shared->done[slot]);
-    if (b.num_units % kConsumerWarps == (u32)b.warp) {
-      mbar_wait(b.waiter, Wait::kPartial, false, &b.shared->done[slot], parity);
-      if (!b.waiter.failed) emit(unit, slot);
-      warp_sync();
-      if (b.lane == 0) mbar_arrive(&b.shared->free[slot]);
-    }
-    b.num_units++;
+    hand_over(b, unit, [&](int slot) { accum_store(acc, partial_sums(b, slot, b.warp), rows); });
   }
 }
 

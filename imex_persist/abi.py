@@ -22,8 +22,10 @@ TILE_K = 1024  # columns of K in a full weight tile: 8 rows x 1024 x 2 bytes = S
 UNIT_ROWS = 8  # output rows computed together: the tensor core's n = 8 operand
 CHUNK = 32  # positions of the context that one warp attends to at a time
 MAX_HEAD_DIM = 128
-CONSUMER_WARPS = 8  # warps that multiply; warp 8 streams, warp 9 is the mailbox
-PART_SLOTS = 4  # units whose partial sums may be in flight between the warps of a block
+CONSUMER_WARPS = 8  # warps 0-7 multiply
+ADDER_WARPS = 2  # warps 8 and 9 add the consumers' partial sums and send the results off
+NUM_WARPS = 12  # warp 10 streams, warp 11 is the mailbox
+PART_SLOTS = 4  # units whose partial sums may be in flight between consumers and adders; a multiple of ADDER_WARPS
 MAX_STOP_IDS = 16  # token ids that end a request, EOS among them
 PLAN_HEADER_WORDS = 2
 PLAN_ROW_WORDS = 4
@@ -55,7 +57,7 @@ class Wait(enum.IntEnum):
     WORDS = 0  # activations or partial sums of another block or rank
     TILE = 1  # a bulk copy into the ring
     STAGE = 2  # a free ring stage
-    PARTIAL = 3  # partial sums of the block's own warps
+    PARTIAL = 3  # a unit's partial sums, or their room, between the warps of a block
     PLAN = 4  # the next step's plan
     STEP = 5  # the block's own consumers, before KV pages may be streamed
 
@@ -94,6 +96,16 @@ class Strategy(enum.IntEnum):
     ONE_SHOT = 0  # every block reads every rank's words
     ONE_SHOT_LOCAL = 1  # a slice owner in each rank sums and publishes inside its GPU
     TWO_SHOT = 2  # one rank owns a slice, sums it and publishes to all ranks
+
+
+class Mark(enum.IntEnum):
+    """Kinds of TraceEvent, by one thread of each block's consumers."""
+
+    CLOCK = 0  # a step begins; `value` is the low word of the GPU's timer in ns, to pair with `clock`
+    BEGIN = 1  # the phase is entered
+    INPUT = 2  # the words it takes in have arrived
+    READY = 3  # the activations are ready to be multiplied
+    END = 4  # the block's last unit of the phase is handed on; `value` is how many clocks tiles were waited for
 
 
 class SubmitFlag(enum.IntFlag):
@@ -159,6 +171,7 @@ Shape = _struct(
     ("tap", "u4"),  # 1: every phase's output also goes to RankParams.tap
     ("only_phase", "u4"),  # 0: the whole step; 1 + Phase: that phase alone, once, of layer `only_layer`
     ("only_layer", "u4"),
+    ("trace", "u4"),  # events of each block's ring in RankParams.trace, a power of two; 0: tracing is compiled out
 )
 
 RankParams = _struct(
@@ -178,6 +191,7 @@ RankParams = _struct(
     ("mailbox", "u8"),  # struct Mailbox, mapped host memory; rank 0 only
     ("fault", "u8"),  # struct FaultRecord, mapped host memory
     ("tap", "u8"),  # float, see cuda_src/tap.cuh; 0 unless Shape.tap
+    ("trace", "u8"),  # TraceEvent [num_blocks, Shape.trace]
     ("rank", "u4"),
     ("deadline_us", "u4"),  # how long a wait may take
 )
@@ -213,6 +227,13 @@ TokenRecord = _struct(  # device -> host; `sequence` is stored last, with releas
     ("index", "u4"),  # 0, 1, … of the request's generated tokens
     ("finish", "u4"),
     ("time_ns", "u8"),  # device clock when the step's tokens were known
+)
+
+TraceEvent = _struct(  # device -> host, one 16-byte store
+    ("clock", "u4"),  # low word of the SM's clock
+    ("what", "u4"),  # Mark | Phase << 8 | layer << 16
+    ("value", "u4"),
+    ("step", "u4"),  # counted from 1: 0 is an event never written
 )
 
 FaultRecord = _struct(  # device -> host, one a rank; `valid` is stored last, with release
@@ -251,13 +272,15 @@ STRUCTS = {
     "LaunchParams": LaunchParams,
     "Descriptor": Descriptor,
     "TokenRecord": TokenRecord,
+    "TraceEvent": TraceEvent,
     "FaultRecord": FaultRecord,
     "MailboxHeader": MailboxHeader,
     "Mailbox": Mailbox,
 }
-ENUMS = (Phase, Wait, Command, Record, Finish, Strategy, SubmitFlag)
+ENUMS = (Phase, Wait, Command, Record, Finish, Strategy, Mark, SubmitFlag)
 CONSTANTS = (
-    "MAX_RANKS MAX_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS PART_SLOTS MAX_STOP_IDS "
+    "MAX_RANKS MAX_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS "
+    "ADDER_WARPS NUM_WARPS PART_SLOTS MAX_STOP_IDS "
     "PLAN_HEADER_WORDS PLAN_ROW_WORDS SHARED_MAILBOX_BYTES SHARED_HEADER_BYTES DESCRIPTOR_SLOTS RECORD_SLOTS TOKEN_FROM_ROW ROW_SAMPLES "
     "DESCRIPTOR_MAGIC"
 ).split()

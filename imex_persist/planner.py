@@ -58,6 +58,7 @@ def make_shape(
     tap: bool = False,
     only_phase: abi.Phase | None = None,
     only_layer: int = 0,
+    trace: int = 0,
 ) -> np.void:
     """The Shape record for `config` (a model.config.ModelConfig) on `world_size` ranks.
 
@@ -88,7 +89,7 @@ def make_shape(
     s["max_splits"] = max(1, min(abi.MAX_SPLITS, num_blocks // kv_heads))
     s["tap"] = tap
     s["only_phase"] = 0 if only_phase is None else 1 + only_phase
-    s["only_layer"] = only_layer
+    s["only_layer"], s["trace"] = only_layer, trace
     default = abi.Strategy.TWO_SHOT if world_size > 2 else abi.Strategy.ONE_SHOT_LOCAL
     s["strategy"] = default if strategy is None else strategy
 
@@ -133,7 +134,7 @@ def _place_shared_memory(s, config, slices: int, one_shot_rows: int | None, mach
     owned = 2 * -(-(hidden // 2) // blocks)  # values of the residual that a slice owner keeps
     widest = max(hidden, heads * head_dim, int(s["intermediate_size"]) // slices)
     group = min(heads // kv_heads, 16)
-    attention = head_dim * group * 2 + abi.CONSUMER_WARPS * group * (head_dim + 2) * 4  # q, then what the warps merge
+    attention = head_dim * (2 * group + 4 * rows) + abi.CONSUMER_WARPS * group * (head_dim + 2) * 4  # q, k and v, the warps' results
     offset = abi.SHARED_HEADER_BYTES
     for field, size in (
         ("smem_x", max(rows * widest * 2, attention)),

@@ -101,7 +101,8 @@ def _number(name: str, value, low: float, high: float, *, above: bool = False) -
 
 
 def _strings(stop) -> list[str]:
-    strings = [stop] if isinstance(stop, str) else list(stop or [])
+    strings = [stop] if stop is None or isinstance(stop, str) else stop
+    strings = [s for s in strings if s is not None] if isinstance(strings, (list, tuple)) else [strings]
     if any(not isinstance(s, str) or not s for s in strings):
         raise ValueError(f"stop is {stop!r}: a string or a list of strings, none of them empty, is allowed")
     return strings

@@ -16,7 +16,7 @@ typedef unsigned long long u64;
 namespace imex {
 
 constexpr int LANES = 32;
-constexpr int kThreads = (kConsumerWarps + 2) * LANES;
+constexpr int kThreads = kNumWarps * LANES;
 
 // ---------------------------------------------------------------------------------------------- who am I
 // The sizes this kernel was built for: compile-time constants here, fields of a struct in the simulator.
@@ -86,6 +86,10 @@ DEV void load_words(const u64* p, u64& first, u64& second) {
   asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(p) : "memory");
 }
 
+DEV void store_event(TraceEvent* p, u32 clock, u32 what, u32 value, u32 step) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(clock), "r"(what), "r"(value), "r"(step) : "memory");
+}
+
 // ---------------------------------------------------------------------------------------------- fences
 DEV void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 DEV void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
@@ -96,7 +100,6 @@ DEV void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::
 // What a wait needs to give up: whose abort word to look at, how long to be patient, whom to name. See faults.cuh.
 struct Waiter {
   const RankParams* params;
-  u32 block;   // of the rank
   u32 layer;
   Phase phase;
   bool failed;  // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
@@ -104,19 +107,25 @@ struct Waiter {
 // Called every so many failed polls, with when the wait began; true when the wait must end without what it waited for.
 // `idle` waits (for the next plan, and for whoever waits for those who do) have no deadline: only the abort word ends them.
 // A call with plain numbers, so that no Waiter needs an address and the fast path keeps everything in registers.
-DEV bool give_up(const RankParams* params, u32 block, u32 layer, Phase phase, Wait kind, bool idle, u32 source, u32 expected,
-                      u32 seen, u64 began_ns);
+DEV bool give_up(const RankParams* params, Phase phase, u32 layer, Wait kind, bool idle, u32 source, u32 expected, u32 seen,
+                 u64 began_ns);
 DEV bool gave_up(Waiter& w, Wait kind, bool idle, u32 source, u32 expected, u32 seen, u64 began_ns) {
-  return w.failed = give_up(w.params, w.block, w.layer, w.phase, kind, idle, source, expected, seen, began_ns);
+  return w.failed = give_up(w.params, w.phase, w.layer, kind, idle, source, expected, seen, began_ns);
 }
 DEV u64 timer_ns() {
   u64 t;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
   return t;
 }
+DEV u32 clock_low() {
+  u32 t;
+  asm volatile("mov.u32 %0, %clock;" : "=r"(t)::"memory");
+  return t;
+}
 constexpr u32 kPollsPerCheck = 256;  // the abort word and the clock are looked at this seldom, off the fast path
 #define IMEX_SPIN(waiter, ready, over)                          \
-  for (u64 polls_ = 0, began_ = 0; !(ready) && !(waiter).failed;) { \
+  u32 polls_ = 0;                                               \
+  for (u64 began_ = 0; !(ready) && !(waiter).failed;) {         \
     if (++polls_ % kPollsPerCheck) continue;                    \
     if (!began_) began_ = timer_ns();                           \
     if (over) break;                                            \
@@ -126,19 +135,19 @@ constexpr u32 kPollsPerCheck = 256;  // the abort word and the clock are looked 
 // All loads of a poll are in flight together. count <= N; source(i) names the rank that owes word i.
 template <int N, class Address, class Source>
 DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source, u32 (&out)[N][2]) {
-  u64 word[N][2];
+  u64 word[N][2] = {};
+  u32 missing_pairs = (1u << count) - 1;  // only these are loaded again: polling shares the way to L2 with the stream
   auto ready = [&] {
-    u32 wrong = 0;
     UNROLL for (int i = 0; i < N; i++)
-      if (i < count) load_words(address(i), word[i][0], word[i][1]);
+      if (missing_pairs >> i & 1) load_words(address(i), word[i][0], word[i][1]);
     UNROLL for (int i = 0; i < N; i++)
-      if (i < count) wrong |= ((u32)(word[i][0] >> 32) ^ epoch) | ((u32)(word[i][1] >> 32) ^ epoch);
-    return wrong == 0;
+      if ((u32)(word[i][0] >> 32) == epoch && (u32)(word[i][1] >> 32) == epoch) missing_pairs &= ~(1u << i);
+    return missing_pairs == 0;
   };
   u32 from = 0, seen = 0;
   auto missing = [&] {  // the tag of the first word that is not there yet, and who owes it
     UNROLL for (int i = N - 1; i >= 0; i--) UNROLL for (int j = 1; j >= 0; j--)
-      if (i < count && (u32)(word[i][j] >> 32) != epoch) from = source(i), seen = (u32)(word[i][j] >> 32);
+      if (missing_pairs >> i & 1 && (u32)(word[i][j] >> 32) != epoch) from = source(i), seen = (u32)(word[i][j] >> 32);
     return true;
   };
   IMEX_SPIN(w, ready(), missing() && gave_up(w, kind, idle, from, epoch, seen, began_));

@@ -18,6 +18,7 @@ struct Item {
   int row, kv_head, first_head, heads;  // query heads first_head .. + heads, all of this KV head
   int split, splits;
   int first_page, end_page;
+  int in_step;  // positions up to the row's own that come with this step; 0 if they are not in this run
 };
 
 DEV int group_size() { return shape().num_heads / shape().num_kv_heads; }
@@ -48,6 +49,8 @@ DEV bool find_item(const Block& b, int index, Item& item) {
     item.splits = splits;
     item.first_page = item.split * per;
     item.end_page = smaller(item.first_page + per, position / shape().page_size + 1);
+    const u32 step_first = b.shared->rows[b.shared->rows[row].first_row].position;
+    item.in_step = item.end_page * shape().page_size > step_first ? position + 1 - step_first : 0;
     return true;
   }
   return false;
@@ -61,68 +64,71 @@ DEV void stream_pages(Block& b, Producer& p) {
       push_tile(b, p, kUnitPage, page_at(b, b.waiter.layer, find_page(b, item.row, number), item.kv_head), page_bytes());
 }
 
-// One warp completes a chunk in shared memory: k and v of positions that this step's rows bring are not in the page yet and come
-// as words; values of positions beyond `valid` are cleared, since a weight of zero does not erase what is not a number.
-DEV void complete_chunk(Block& b, const Item& item, char* chunk, int first_position, int valid, u32 epoch) {
+// Where the block keeps an item, in place of the activations: bf16 q [head_dim / 32, heads, 32]; bf16 k and v [in_step, 2, head_dim]
+// of the positions this step brings; float [CONSUMER_WARPS, heads, head_dim + 2] of what the warps merge.
+DEV char* item_query(const Block& b) { return activations(b); }
+DEV char* item_fresh(const Block& b, const Item& item) { return item_query(b) + item.heads * (int)shape().head_dim * 2; }
+DEV float* item_merge(const Block& b, const Item& item, int warp) {
   const int dim = shape().head_dim;
-  const Row& row = b.shared->rows[item.row];
-  const int step_first = b.shared->rows[row.first_row].position;
-  for (int p = step_first > first_position ? step_first - first_position : 0; p < valid; p++) {
-    const int source = row.first_row + (first_position + p - step_first);
-    const int quads = dim / 4, total = 2 * quads;  // of k, then of v
-    gather<2>(
-        b, epoch, divide_up(total, LANES),
-        [&](int i) {
-          const int at = smaller(b.lane + i * LANES, total - 1);
-          return (at < quads ? key_words(b, source, item.kv_head) : value_words(b, source, item.kv_head)) + at % quads * 2;
-        },
-        [&](int) { return b.params->rank; },
-        [&](int i, u32 first, u32 second) {
-          const int at = b.lane + i * LANES, d = at % quads * 4;
-          if (at >= total) return;
-          if (at < quads) {
-            *(u64*)(chunk + key_offset(p, d)) = (u64)second << 32 | first;
-          } else {
-            *(u16*)(chunk + value_offset(p, d)) = (u16)first;
-            *(u16*)(chunk + value_offset(p, d + 1)) = (u16)(first >> 16);
-            *(u16*)(chunk + value_offset(p, d + 2)) = (u16)second;
-            *(u16*)(chunk + value_offset(p, d + 3)) = (u16)(second >> 16);
-          }
-        });
+  return (float*)(item_fresh(b, item) + item.in_step * dim * 4) + warp * item.heads * (dim + 2);
+}
+
+// All consumers fetch the item's q and the step's k and v, in one round trip.
+DEV void gather_item(Block& b, const Item& item, u32 epoch) {
+  const int quads = shape().head_dim / 4, query = item.heads * quads, total = query + item.in_step * 2 * quads;
+  gather<2>(
+      b, epoch, divide_up(total, kConsumerThreads),
+      [&](int i) {
+        const int at = smaller(b.thread + i * kConsumerThreads, total - 1), fresh = at - query;
+        const u64* q = own_words(b, shape().off_qkv + item.row * qkv_width() + item.first_head * (2 * quads));
+        if (fresh < 0) return q + 2 * at;
+        const int row = b.shared->rows[item.row].first_row + fresh / (2 * quads);
+        return (fresh / quads % 2 ? value_words(b, row, item.kv_head) : key_words(b, row, item.kv_head)) + 2 * (fresh % quads);
+      },
+      [&](int) { return b.params->rank; },
+      [&](int i, u32 first, u32 second) {
+        const int at = b.thread + i * kConsumerThreads, head = at / quads, d = at % quads * 4;
+        if (at >= total) return;
+        char* to = at < query ? item_query(b) + ((d / 32 * item.heads + head) * 32 + d % 32) * 2 : item_fresh(b, item) + (at - query) * 8;
+        *(u64*)to = (u64)second << 32 | first;
+      });
+}
+
+// One warp completes a chunk in the ring: k and v of this step's positions are not in the page yet, and values of positions beyond
+// `valid` are cleared, since a weight of zero does not erase what is not a number.
+DEV void complete_chunk(Block& b, const Item& item, char* chunk, int first_position, int valid) {
+  const int dim = shape().head_dim, step_first = b.shared->rows[item.row].position + 1 - item.in_step;
+  for (int i = b.lane; i < dim * (kChunk / 4); i += LANES) {  // four positions of a dim at a time
+    const int keep = valid - i % (kChunk / 4) * 4;
+    if (keep < 4) *(u64*)(chunk + value_offset(0, 0) + 8 * i) &= keep <= 0 ? 0 : ((u64)1 << (16 * keep)) - 1;
   }
-  for (int d = b.lane; d < dim; d += LANES)
-    for (int p = valid; p < kChunk; p++) *(u16*)(chunk + value_offset(p, d)) = 0;
+  warp_sync();
+  for (int p = step_first > first_position ? step_first - first_position : 0; p < valid; p++) {
+    const char* fresh = item_fresh(b, item) + (first_position + p - step_first) * dim * 4;
+    for (int d = 2 * b.lane; d < dim; d += 2 * LANES) {
+      const u32 value = *(const u32*)(fresh + dim * 2 + d * 2);
+      *(u32*)(chunk + key_offset(p, d)) = *(const u32*)(fresh + d * 2);
+      *(u16*)(chunk + value_offset(p, d)) = (u16)value;
+      *(u16*)(chunk + value_offset(p, d + 1)) = (u16)(value >> 16);
+    }
+  }
   warp_sync();
 }
 
-// Where the block keeps an item: bf16 q [head_dim / 32, heads, 32], then float [CONSUMER_WARPS, heads, head_dim + 2].
-DEV char* item_query(const Block& b) { return activations(b); }
-DEV float* item_merge(const Block& b, const Item& item, int warp) {
-  const int dim = shape().head_dim;
-  return (float*)(activations(b) + dim * item.heads * 2) + warp * item.heads * (dim + 2);
-}
 DEV u32 split_words(const Item& item, int head, int split) {
   return shape().off_split + ((item.row * shape().num_heads + head) * shape().max_splits + split) * (shape().head_dim + 2);
 }
 
 DEV bool attend(Block& b, const Item& item, u32 epoch) {
   const int dim = shape().head_dim, pairs = item.heads * dim / 2;
-  consumer_sync();  // the activations have been read: q and the merge take their place
-  const u64* q = own_words(b, shape().off_qkv + item.row * qkv_width() + item.first_head * (dim / 2));
-  gather<2>(
-      b, epoch, divide_up(pairs / 2, kConsumerThreads),
-      [&](int i) { return q + 2 * smaller(b.thread + i * kConsumerThreads, pairs / 2 - 1); },
-      [&](int) { return b.params->rank; },
-      [&](int i, u32 first, u32 second) {
-        const int at = b.thread + i * kConsumerThreads, head = at / (dim / 4), d = at % (dim / 4) * 4;
-        if (at < pairs / 2) *(u64*)(item_query(b) + ((d / 32 * item.heads + head) * 32 + d % 32) * 2) = (u64)second << 32 | first;
-      });
+  consumer_sync();  // the activations have been read: the item takes their place
+  gather_item(b, item, epoch);
   if (!all_well(b)) return false;
+  mark(b, Mark::kInput);
 
   Flash flash;
   flash_zero(flash);
   const int position = b.shared->rows[item.row].position, page_chunks = shape().page_size / kChunk;
-  const int step_first = b.shared->rows[b.shared->rows[item.row].first_row].position;
   for (int page = item.first_page; page < item.end_page; page++) {
     wait_stage(b);
     if (b.waiter.failed) break;
@@ -131,8 +137,8 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
       if (chunk % kConsumerWarps != b.warp || first > position) continue;
       char* at = ring_stage(b, b.ring.stage) + c * chunk_bytes();
       const int valid = smaller(kChunk, position + 1 - first);
-      if (first + kChunk > step_first) {  // the step's own positions lie at or beyond step_first
-        complete_chunk(b, item, at, first, valid, epoch);
+      if (item.in_step && first + kChunk > position + 1 - item.in_step) {
+        complete_chunk(b, item, at, first, valid);
         flash_chunk(flash, item_query(b), at, item.heads, valid, shape().attn_scale);
         fence_async_shared();  // this warp's plain writes to the stage, before a later bulk copy into it
       } else {
@@ -217,11 +223,14 @@ DEV void merge_splits(Block& b, u32 epoch) {
 DEV bool attention(Block& b) {
   if (!runs(Phase::kAttention)) return true;
   b.waiter.phase = Phase::kAttention;
+  mark(b, Mark::kBegin);
   const u32 epoch = layer_epoch(b.step, b.waiter.layer);
   Item item;
   for (int i = b.index; find_item(b, i, item); i += shape().num_blocks)
     if (!attend(b, item, epoch)) return false;
+  mark(b, Mark::kReady);
   merge_splits(b, epoch);  // after all items of this block: no block waits for a run while one of its own is still to come
+  mark(b, Mark::kEnd, take_tile_clocks(b));
   return true;
 }
 

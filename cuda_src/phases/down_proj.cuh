@@ -19,10 +19,13 @@ DEV void stream_down_proj(Block& b, Producer& p) {
 DEV bool down_proj(Block& b) {
   if (!runs(Phase::kDownProj)) return true;
   b.waiter.phase = Phase::kDownProj;
+  mark(b, Mark::kBegin);
   const u32 epoch = layer_epoch(b.step, b.waiter.layer), slice = slice_of(b);
   const int k = slice_width();
   if (!gather_activations(b, epoch, own_words(b, shape().off_gate + slice * k / 2), shape().intermediate_size / 2, k / 2)) return false;
-  multiply_units(b, k, [&](int unit, int slot) { push_unit(b, Phase::kDownProj, down_exchange(), slice, unit, slot, epoch); });
+  mark(b, Mark::kReady);
+  multiply_units(b, k);
+  mark(b, Mark::kEnd, take_tile_clocks(b));
   return true;
 }
 

@@ -24,49 +24,64 @@ DEV u64 candidate_key(float logit, u32 id) {
 }
 DEV u32 candidate_id(u64 key) { return 0xffffffffu - (u32)key; }
 
+// The best logits that one adder has seen in this step: each lane looks after (row, pair of the unit's outputs) cells.
+constexpr int kCells = kMaxRows * (kUnitRows / 2);
+struct Candidates {
+  u64 best[kCells / LANES];
+};
+DEV void clear(Candidates& c) {
+  UNROLL for (int j = 0; j < kCells / LANES; j++) c.best[j] = 0;
+}
+DEV void keep_best(Block& b, Candidates& c, int unit, int slot) {
+  UNROLL for (int j = 0; j < kCells / LANES; j++) {
+    const int i = b.lane + j * LANES, row = i / (kUnitRows / 2), pair = i % (kUnitRows / 2);
+    if (row >= num_rows(b)) continue;
+    const float2 v = unit_sums(b, slot, row, pair);
+    const u32 n = unit * kUnitRows + 2 * pair, id = b.params->rank * shape().vocab_rows + n;
+    const u64 k0 = id < shape().vocab_size ? candidate_key(v.x, id) : 0;
+    const u64 k1 = id + 1 < shape().vocab_size ? candidate_key(v.y, id + 1) : 0;
+    const u64 k = k0 > k1 ? k0 : k1;
+    if (k > c.best[j]) c.best[j] = k;
+    tap(b, Phase::kLmHead, row, n, v.x);
+    tap(b, Phase::kLmHead, row, n + 1, v.y);
+  }
+}
+// At the mark that ends the units: this adder's candidates, for the block's consumers.
+DEV void put_candidates(Block& b, Candidates& c, int adder) {
+  UNROLL for (int j = 0; j < kCells / LANES; j++) b.shared->candidates[adder][b.lane + j * LANES] = c.best[j];
+  clear(c);
+  warp_sync();
+  if (b.lane == 0) mbar_arrive(&b.shared->candidates_ready);
+}
+
 DEV bool lm_head(Block& b) {
   if (!runs(Phase::kLmHead)) return true;
   b.waiter.phase = Phase::kLmHead;
+  mark(b, Mark::kBegin);
   const u32 epoch = layer_epoch(b.step, shape().num_layers);
   const int rows = num_rows(b);
-  constexpr int kPerLane = kMaxRows * (kUnitRows / 2) / LANES;  // (row, pair) cells that one lane looks after
-  u64 best[kPerLane];
-  UNROLL for (int j = 0; j < kPerLane; j++) best[j] = 0;
+  const bool sampling = b.shared->num_sampling;
   if (!receive(b, down_exchange(), epoch - 1)) return false;  // also when nothing is sampled: it is this step's condition C
-  if (b.shared->num_sampling) {
+  mark(b, Mark::kInput);
+  if (sampling) {
     normalize(b);
-    multiply_units(b, shape().hidden_size, [&](int unit, int slot) {
-      UNROLL for (int j = 0; j < kPerLane; j++) {
-        const int i = b.lane + j * LANES, row = i / (kUnitRows / 2), pair = i % (kUnitRows / 2);
-        if (row >= rows) continue;
-        const float2 v = unit_sums(b, slot, row, pair);
-        const u32 n = unit * kUnitRows + 2 * pair, id = b.params->rank * shape().vocab_rows + n;
-        const u64 k0 = id < shape().vocab_size ? candidate_key(v.x, id) : 0;
-        const u64 k1 = id + 1 < shape().vocab_size ? candidate_key(v.y, id + 1) : 0;
-        const u64 k = k0 > k1 ? k0 : k1;
-        if (k > best[j]) best[j] = k;
-        tap(b, Phase::kLmHead, row, n, v.x);
-        tap(b, Phase::kLmHead, row, n + 1, v.y);
-      }
-    });
+    mark(b, Mark::kReady);
+    multiply_units(b, shape().hidden_size);
+    hand_over_mark(b, kUnitEnd);
+    mbar_wait(b.waiter, Wait::kPartial, false, &b.shared->candidates_ready, b.num_lm_heads++ & 1);
   }
-  consumer_sync();  // the partial sums are free: they hold the warps' candidates now
-  const int cells = (int)shape().max_rows * (kUnitRows / 2);
-  u64* candidates = (u64*)partial_sums(b, 0, 0);  // [CONSUMER_WARPS, max_rows * 4]
-  UNROLL for (int j = 0; j < kPerLane; j++)
-    if (b.lane + j * LANES < cells) candidates[b.warp * cells + b.lane + j * LANES] = best[j];
+  mark(b, Mark::kEnd, take_tile_clocks(b));
   if (!all_well(b)) return false;
   for (int row = b.thread; row < rows; row += kConsumerThreads) {
-    u64 k = 0;
-    for (int w = 0; w < kConsumerWarps; w++)
-      for (int i = 0; i < kUnitRows / 2; i++) {
-        const u64 other = candidates[w * cells + row * (kUnitRows / 2) + i];
-        k = other > k ? other : k;
-      }
+    u64 best = 0;
+    for (int i = 0; i < kAdderWarps * (kUnitRows / 2) && sampling; i++) {
+      const u64 k = b.shared->candidates[i / (kUnitRows / 2)][row * (kUnitRows / 2) + i % (kUnitRows / 2)];
+      best = k > best ? k : best;
+    }
     fence_async_global();  // the KV rule: this block's pages, written before the barrier above, are visible before its word is
     fence_gpu();
     const u32 at = shape().off_best + ((b.params->rank * shape().num_blocks + b.index) * shape().max_rows + row) * 2;
-    for (u32 r = 0; r < shape().world_size; r++) store_words(words_of(b, r, at), (u32)(k >> 32), (u32)k, epoch);
+    for (u32 r = 0; r < shape().world_size; r++) store_words(words_of(b, r, at), (u32)(best >> 32), (u32)best, epoch);
   }
   return true;
 }

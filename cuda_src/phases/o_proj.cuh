@@ -13,24 +13,27 @@ DEV void stream_o_proj(Block& b, Producer& p) {
   push_units(b, p, matrix, k, {claim_counter(b, b.waiter.layer, 1), b.step / 2, units, b.index, (int)shape().num_blocks});
 }
 
-// Emits a unit of a projection that ends in an exchange.
-DEV void push_unit(Block& b, Phase phase, Exchange x, u32 slice, int unit, int slot, u32 epoch) {
+// Sends off a unit of a projection that ends in an exchange.
+DEV void emit_partial(Block& b, Exchange x, u32 slice, int unit, int slot) {
   for (int i = b.lane; i < num_rows(b) * (kUnitRows / 2); i += LANES) {
     const int row = i / (kUnitRows / 2), pair = i % (kUnitRows / 2), n = unit * kUnitRows + 2 * pair;
     const float2 sum = unit_sums(b, slot, row, pair);
-    push_partial(b, x, slice, row, n, sum, epoch);
-    tap(b, phase, row, slice * shape().hidden_size + n, sum.x);
-    tap(b, phase, row, slice * shape().hidden_size + n + 1, sum.y);
+    push_partial(b, x, slice, row, n, sum, layer_epoch(b.step, b.waiter.layer));
+    tap(b, b.waiter.phase, row, slice * shape().hidden_size + n, sum.x);
+    tap(b, b.waiter.phase, row, slice * shape().hidden_size + n + 1, sum.y);
   }
 }
 
 DEV bool o_proj(Block& b) {
   if (!runs(Phase::kOProj)) return true;
   b.waiter.phase = Phase::kOProj;
+  mark(b, Mark::kBegin);
   const u32 epoch = layer_epoch(b.step, b.waiter.layer);
   const int k = shape().num_heads * shape().head_dim;
   if (!gather_activations(b, epoch, own_words(b, shape().off_attn), k / 2, k / 2)) return false;
-  multiply_units(b, k, [&](int unit, int slot) { push_unit(b, Phase::kOProj, o_exchange(), 0, unit, slot, epoch); });
+  mark(b, Mark::kReady);
+  multiply_units(b, k);
+  mark(b, Mark::kEnd, take_tile_clocks(b));
   return true;
 }
 

@@ -8,6 +8,7 @@ namespace imex {
 DEV bool sample(Block& b) {
   if (!runs(Phase::kSample)) return true;
   b.waiter.phase = Phase::kSample;
+  mark(b, Mark::kBegin);
   const u32 epoch = layer_epoch(b.step, shape().num_layers);
   const int rows = num_rows(b), sources = shape().world_size * shape().num_blocks, per_row = divide_up(sources, kConsumerThreads);
   u64 best = 0;
@@ -32,6 +33,7 @@ DEV bool sample(Block& b) {
   }
   consumer_sync();
   if (b.thread == 0) mbar_arrive(&b.shared->step_end[b.step & 1]);  // only rank 0's block 0 has a mailbox that listens
+  mark(b, Mark::kEnd, take_tile_clocks(b));
   return true;
 }
 

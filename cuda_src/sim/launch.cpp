@@ -136,9 +136,6 @@ EXPORT int imex_sim_launch(const imex::sim::SimConfig* config, const imex::Shape
 
 EXPORT const char* imex_sim_report() { return imex::sim::report_text(); }
 
-// Ends the running launch at its next dispatch, for a host that gives up on it.
-EXPORT void imex_sim_stop() { __atomic_store_n(&imex::sim::machine.stop, true, __ATOMIC_RELAXED); }
-
 // Counters of the last launch: dispatches by the scheduler, switches, delayed stores landed, copies, virtual nanoseconds.
 EXPORT void imex_sim_stats(u64 (&out)[5]) {
   const imex::sim::Machine& m = imex::sim::machine;

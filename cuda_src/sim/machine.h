@@ -12,6 +12,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #include "../abi.cuh"
+#include "tsan.h"
 
 #ifndef SIM_LANES
 #define SIM_LANES 1
@@ -20,7 +21,7 @@ typedef unsigned long long u64;
 namespace imex {
 
 constexpr int LANES = SIM_LANES;
-constexpr int kThreads = (kConsumerWarps + 2) * LANES;
+constexpr int kThreads = kNumWarps * LANES;
 static_assert(LANES == 1 || LANES == 32, "a warp is simulated as one fiber or as 32");
 
 namespace sim {
@@ -29,21 +30,22 @@ enum class Mode : u32 { kRoundRobin, kRandom, kPct };
 enum class OnDeadlock : u32 { kReport, kExpire };
 enum Status : int { kOk = 0, kMisuse = 1, kDeadlock = 2, kStopped = 3, kBusy = 4, kNoMemory = 5 };
 
-// How a launch is simulated. device/sim.py has the same fields in the same order; all 4 bytes but the seed.
+// How a launch is simulated. device/sim.py has the same fields in the same order.
 struct SimConfig {
   u64 seed;
+  u64 stop;  // address of a u32: non-zero ends the launch at its next dispatch
   Mode mode;
-  u32 processes;      // ranks of other processes may write memory: re-poll parked word waits, count in wall time
-  u32 preempt;        // leave the fiber at one of so many memory operations; 0: only where it must wait
-  u32 delay_stores;   // weak memory: stores wait in their block's buffer, loads may be stale
-  u32 delay_copies;   // bulk copies land late and in pieces
-  u32 split_words;    // the halves of a 16-byte store of two words may land apart
-  u32 stalls;         // whole blocks stand still for a random while
-  u32 pct_depth;      // PCT: priority changes in a run
-  u32 pct_steps;      // PCT: dispatches among which the changes are spread
+  u32 processes;     // ranks of other processes may write memory: re-poll parked word waits, count in wall time
+  u32 preempt;       // leave the fiber at one of so many memory operations; 0: only where it must wait
+  u32 delay_stores;  // weak memory: stores wait in their block's buffer, loads may be stale
+  u32 delay_copies;  // bulk copies land late and in pieces
+  u32 split_words;   // the halves of a 16-byte store of two words may land apart
+  u32 stalls;        // whole blocks stand still for a random while
+  u32 pct_depth;     // PCT: priority changes in a run
+  u32 pct_steps;     // PCT: dispatches among which the changes are spread
   OnDeadlock on_deadlock;
 };
-static_assert(sizeof(SimConfig) == 48);
+static_assert(sizeof(SimConfig) == 56);
 
 enum class State : unsigned char { kReady, kParked, kDone };
 enum class Park : unsigned char { kNone, kWord, kMbar, kBarrier, kWarp, kIdle };
@@ -73,14 +75,15 @@ struct Fiber {
   u32 thread;  // of the block
   State state;
   Park park;
-  bool ask;      // woken to call give_up, not because its condition holds
-  bool aborted;  // has been told of the abort word already
+  bool ask;            // woken to call give_up, not because its condition holds
+  bool aborted;        // has been told of the abort word already
   u32 private_stores;  // own delayed stores that no barrier has shared with the block yet
   u64 view;            // plain stores up to this one are seen for sure (the last fence_gpu, through barriers)
   u64 view_async;      // the same for bulk copies (the last fence_async_global)
   WaitNote note;
-  Fiber* next;  // parked on the same pair of words
+  Fiber* next;  // parked on the same pair of words, or on an mbarrier of the same block
   char* stack;
+  void* tsan;
 };
 
 struct Warp {
@@ -91,13 +94,14 @@ struct Warp {
   bool mailbox;  // has paused idly: its steps alone are no progress
   u64 priority;  // PCT
   Fiber* fibers;
-  void* slot[LANES];  // what each lane brought to the collective
+  void* slot[LANES];                                   // what each lane brought to the collective
   float scratch[2][kMaxRows * kChunk + 4 * kMaxRows];  // of flash.cuh, used in turn
   u32 turn;
 };
 
 struct Barrier {
   u32 arrived;
+  u32 generation;
   bool any, result;
   u64 view, view_result;
 };
@@ -105,14 +109,16 @@ struct Barrier {
 struct PendingStore;
 
 struct Block {
-  u32 index;  // over all ranks of the launch
+  u32 index;     // over all ranks of the launch
   u32 rank_idx;  // in LaunchParams
   char* shared;
   u64* mbar_view;  // [smem_bytes / 8]: what arrivals at the mbarrier of that offset had seen
   u32 alive;
   Barrier barriers[3];
+  Fiber* mbar_waiters;
+  void* tsan_async;  // the async proxy
   u64 stalled_until;
-  u32 hold;   // of delayed stores: 0 until a fence or until nothing else can run, n: one in n chances
+  u32 hold;  // of delayed stores: 0 until a fence or until nothing else can run, n: one in n chances
   u32 copy_hold;
   u32 stale;  // how often a load that no fence protects is stale: 0 never, 1 half, 2 always
   PendingStore* pending;
@@ -126,14 +132,15 @@ constexpr u32 kBuckets = 4096;
 struct Machine {
   Fiber* current;
   u32 preempt;
-  bool weak;         // delay_stores
-  bool simple;       // fibers may hand over to each other without the scheduler's loop
+  bool weak;    // delay_stores
+  bool simple;  // fibers may hand over to each other without the scheduler's loop
   bool processes;
   Shape shape;
   LaunchParams params;
   SimConfig config;
   Fiber* parked[kBuckets];  // word waits by address
   void* main_sp;
+  void* main_tsan;
   Fiber* fibers;
   Warp* warps;
   Block* blocks;
@@ -142,26 +149,25 @@ struct Machine {
   u32 num_ready, turn;
   u64 random_state;
   u64 steps, switches, drains, copies;
-  u64 progress;   // dispatches of warps that are not the mailbox
-  u64 clock_ns;   // virtual time
-  u64 sequence;   // of plain stores that reached memory
+  u64 progress;  // dispatches of warps that are not the mailbox
+  u64 clock_ns;  // virtual time
+  u64 sequence;  // of plain stores that reached memory
   u64 stall_step;
   u64 change_at[16];  // PCT
   int status;
-  bool stop;
 };
 extern Machine machine;
 
 // ---------------------------------------------------------------------------------------------- scheduler.cpp
 void make_ready(Fiber* f);
-void park(Park kind);                            // the current fiber, until somebody makes it ready
+void park(Park kind);                             // the current fiber, until somebody makes it ready
 bool park_wait(Park kind, const WaitNote& note);  // true: woken to ask give_up
 void wake_pair(const void* address);
 void maybe_yield();
 void pause_idle();
 u64 now_ns();
 [[noreturn]] void misuse(const char* format, ...);  // ends the launch with a report
-inline void point() {  // where a schedule may change
+inline void point() {                               // where a schedule may change
   if (__builtin_expect(machine.preempt != 0, 0)) maybe_yield();
 }
 inline u64 random_u64() {  // splitmix64
@@ -185,12 +191,13 @@ void memory_teardown();
 void delay_words(u64* p, u64 first, u64 second, int count);
 void delay_plain(void* p, u64 value, u32 size);
 void delay_relaxed(u32* p, u32 value);
-u32 load_delayed(const u32* p);   // own delayed stores over what a load without a fence may see
-void flush_visible();             // delayed stores that a fence of the current fiber covers
+u32 load_delayed(const u32* p);  // own delayed stores over what a load without a fence may see
+void flush_visible();            // delayed stores that a fence of the current fiber covers
 void flush_overlap(const void* p, u32 size);
-void share_stores();              // a barrier: the block's fences now cover the current fiber's stores
+void share_stores();  // a barrier: the block's fences now cover the current fiber's stores
+void fence();
 void proxy_fence();
-bool drain_some(bool must);       // lets delayed stores and copies land; true if one did
+bool drain_some(bool must);  // lets delayed stores and copies land; true if one did
 void start_copy(void* shared, const void* global, u32 bytes, u64* bar);
 
 // ---------------------------------------------------------------------------------------------- sync.cpp
@@ -200,9 +207,9 @@ void mbarrier_init(u64* bar, u32 count);
 void mbarrier_arrive(u64* bar, u32 bytes, bool expect);
 void mbarrier_complete(Block* block, u64* bar, u32 bytes);
 bool mbarrier_done(u64* bar, u32 parity);
-void mbarrier_seen(u64* bar);  // the current fiber has waited for it: it sees what the arrivals saw
-void warp_synchronize();       // __syncwarp: also orders memory among the lanes
-bool warp_arrive(void* mine);  // true for the last lane, which computes for all and then calls warp_release
+void mbarrier_seen(u64* bar, u32 parity);  // the current fiber has waited for it: it sees what the arrivals saw
+void warp_synchronize();                   // __syncwarp: also orders memory among the lanes
+bool warp_arrive(void* mine);              // true for the last lane, which computes for all and then calls warp_release
 void warp_release();
 
 // One warp collective: every lane brings a pointer to its part; the last to arrive runs `all` over the 32 parts and writes results
@@ -210,7 +217,9 @@ void warp_release();
 template <class All>
 inline void collective(void* mine, All all) {
   if (warp_arrive(mine)) {
+    tsan_ignore(true);  // a shuffle orders nothing
     all(machine.current->warp->slot);
+    tsan_ignore(false);
     warp_release();
   }
 }

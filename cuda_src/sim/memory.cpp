@@ -49,7 +49,9 @@ Copy* copies;
 u32 num_copies, num_pending;
 
 bool overlap(const char* a, u64 a_size, const char* b, u64 b_size) { return a < b + b_size && b < a + a_size; }
-bool covered(Fiber* owner, bool shared) { return owner == machine.current || (shared && owner->block == machine.current->block); }
+bool covered(Fiber* owner, bool shared) {
+  return owner == machine.current || (shared && owner->block == machine.current->block);
+}
 u64 read_sized(const char* p, u32 size) {
   u64 v = 0;
   memcpy(&v, p, size);
@@ -105,16 +107,26 @@ void make_stale(char* copy, const char* from, u64 size, u64 view, bool async, Bl
   }
 }
 
-void land_copy(u32 i, u32 bytes) {
-  Copy& c = copies[i];
-  memcpy(c.to, c.from, bytes);
-  if (machine.weak) make_stale(c.to, c.from, bytes, c.view, true, c.block);
-  Block* block = c.block;
-  u64* bar = c.bar;
-  c.to += bytes, c.from += bytes, c.left -= bytes;
-  if (!c.left) copies[i] = copies[--num_copies];
+// The async proxy's own thread, as ThreadSanitizer sees it: after the issue, before the mbarrier's completion.
+void move_bytes(char* to, const char* from, u32 bytes, u64* bar, Block* block, u64 view) {
+  void* self = tsan_self();
+  tsan_switch(block->tsan_async);
+  tsan_acquire((char*)bar + 2);
+  tsan_read(from, bytes);
+  tsan_write(to, bytes);
+  memcpy(to, from, bytes);
+  if (machine.weak) make_stale(to, from, bytes, view, true, block);
   machine.copies++;
   mbarrier_complete(block, bar, bytes);
+  tsan_switch(self);
+}
+
+void land_copy(u32 i, u32 bytes) {
+  Copy& c = copies[i];
+  const Copy part = c;
+  c.to += bytes, c.from += bytes, c.left -= bytes;
+  if (!c.left) copies[i] = copies[--num_copies];
+  move_bytes(part.to, part.from, bytes, part.bar, part.block, part.view);
 }
 
 bool may_land(u32 hold, bool must) { return must || hold == 1 || one_in(hold); }
@@ -153,7 +165,9 @@ void delay_words(u64* p, u64 first, u64 second, int count) {
   delay(swap ? s : right);
 }
 
-void delay_plain(void* p, u64 value, u32 size) { delay(PendingStore{(char*)p, {value, 0}, size, true, false, false, machine.current}); }
+void delay_plain(void* p, u64 value, u32 size) {
+  delay(PendingStore{(char*)p, {value, 0}, size, true, false, false, machine.current});
+}
 
 void delay_relaxed(u32* p, u32 value) { delay(PendingStore{(char*)p, {value, 0}, 4, false, false, false, machine.current}); }
 
@@ -166,7 +180,8 @@ u32 load_delayed(const u32* p) {
     const PendingStore& s = f->block->pending[i];
     if (!covered(s.owner, s.shared) || !overlap(s.to, s.size, (const char*)p, 4)) continue;
     for (u32 k = 0; k < s.size; k++)
-      if (s.to + k >= (const char*)p && s.to + k < (const char*)p + 4) v[s.to + k - (const char*)p] = (char)(s.value[k / 8] >> 8 * (k % 8));
+      if (s.to + k >= (const char*)p && s.to + k < (const char*)p + 4)
+        v[s.to + k - (const char*)p] = (char)(s.value[k / 8] >> 8 * (k % 8));
   }
   u32 result;
   memcpy(&result, v, 4);
@@ -176,19 +191,24 @@ u32 load_delayed(const u32* p) {
 void flush_visible() {
   Block* b = machine.current->block;
   for (u32 i = 0; i < b->num_pending;)
-    if (covered(b->pending[i].owner, b->pending[i].shared))
-      land(b, i), i = 0;  // land may take an earlier one first
-    else
-      i++;
+    if (covered(b->pending[i].owner, b->pending[i].shared)) land(b, i), i = 0;  // land may take an earlier one first
+    else i++;
+}
+
+void fence() {
+  static char all;  // any two fences are ordered as they ran: more than a GPU promises, so this hides, but invents nothing
+  tsan_acquire(&all);
+  tsan_release(&all);
+  if (!machine.weak) return;
+  flush_visible();
+  machine.current->view = machine.sequence;
 }
 
 void flush_overlap(const void* p, u32 size) {
   Block* b = machine.current->block;
   for (u32 i = 0; i < b->num_pending;)
-    if (overlap(b->pending[i].to, b->pending[i].size, (const char*)p, size))
-      land(b, i), i = 0;
-    else
-      i++;
+    if (overlap(b->pending[i].to, b->pending[i].size, (const char*)p, size)) land(b, i), i = 0;
+    else i++;
 }
 
 void share_stores() {
@@ -228,19 +248,19 @@ bool drain_some(bool must) {
 void start_copy(void* shared, const void* global, u32 bytes, u64* bar) {
   Fiber* f = machine.current;
   const size_t to = (char*)shared - f->block->shared;
-  if (((uintptr_t)shared | (uintptr_t)global | bytes) & 15) misuse("bulk_copy of %u bytes from %p to shared + %zu: not multiples of 16", bytes, global, to);
-  if (to + bytes > machine.shape.smem_bytes) misuse("bulk_copy of %u bytes to shared + %zu leaves the block's shared memory", bytes, to);
+  if (((uintptr_t)shared | (uintptr_t)global | bytes) & 15)
+    misuse("bulk_copy of %u bytes from %p to shared + %zu: not multiples of 16", bytes, global, to);
+  if (to + bytes > machine.shape.smem_bytes)
+    misuse("bulk_copy of %u bytes to shared + %zu leaves the block's shared memory", bytes, to);
   if (!bytes) misuse("bulk_copy of no bytes");
+  tsan_release((char*)bar + 2);
   if (machine.config.delay_copies) {
     memset(shared, 0xff, bytes);  // from now on anything may be there
     if (num_copies == kMaxCopies) land_copy(0, copies[0].left);
     copies[num_copies++] = Copy{(char*)shared, (const char*)global, bytes, bar, f->block, f->view_async};
     return;
   }
-  memcpy(shared, global, bytes);
-  if (machine.weak) make_stale((char*)shared, (const char*)global, bytes, f->view_async, true, f->block);
-  machine.copies++;
-  mbarrier_complete(f->block, bar, bytes);
+  move_bytes((char*)shared, (const char*)global, bytes, bar, f->block, f->view_async);
 }
 
 }  // namespace sim

@@ -80,14 +80,19 @@ DEV float2 load_const(const float2* p) { return *p; }
 
 DEV u32 load_global(const u32* p) {
   sim::point();
-  return sim::machine.weak ? sim::load_delayed(p) : *(const volatile u32*)p;
+  if (!sim::machine.weak) return *(const volatile u32*)p;
+  sim::tsan_read(p, sizeof *p);
+  return sim::load_delayed(p);
 }
 template <class T>
 DEV void store_plain(T* p, T v) {
   sim::point();
   u64 bits = 0;
   memcpy(&bits, &v, sizeof v);
-  if (sim::machine.weak) return sim::delay_plain(p, bits, sizeof v);
+  if (sim::machine.weak) {
+    sim::tsan_write(p, sizeof v);
+    return sim::delay_plain(p, bits, sizeof v);
+  }
   *(volatile T*)p = v;
 }
 DEV void store_global(u32* p, u32 v) { store_plain(p, v); }
@@ -120,19 +125,21 @@ DEV u32 atomic_exchange_sys(u32* p, u32 v) {
 }
 
 DEV void store_word(u64* p, u32 payload, u32 epoch) { sim::put_word(p, (u64)epoch << 32 | payload); }
-DEV void store_words(u64* p, u32 first, u32 second, u32 epoch) { sim::put_words(p, (u64)epoch << 32 | first, (u64)epoch << 32 | second); }
+DEV void store_words(u64* p, u32 first, u32 second, u32 epoch) {
+  sim::put_words(p, (u64)epoch << 32 | first, (u64)epoch << 32 | second);
+}
 DEV void load_words(const u64* p, u64& first, u64& second) {
   first = __atomic_load_n(p, __ATOMIC_RELAXED);
   second = __atomic_load_n(p + 1, __ATOMIC_RELAXED);
 }
 
+DEV void store_event(TraceEvent* p, u32 clock, u32 what, u32 value, u32 step) { *p = {clock, what, value, step}; }
+
 // ---------------------------------------------------------------------------------------------- fences
 DEV void fence_sys() {
   sim::point();
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
-  if (!sim::machine.weak) return;
-  sim::flush_visible();
-  sim::machine.current->view = sim::machine.sequence;
+  sim::fence();
 }
 DEV void fence_gpu() { fence_sys(); }
 DEV void fence_async_global() {
@@ -145,15 +152,15 @@ DEV void fence_async_shared() {}
 // What a wait needs to give up: whose abort word to look at, how long to be patient, whom to name. See faults.cuh.
 struct Waiter {
   const RankParams* params;
-  u32 block;   // of the rank
   u32 layer;
   Phase phase;
   bool failed;  // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
 };
 // Called when the deadline has passed or the rank was aborted; true when the wait must end without what it waited for.
-DEV bool give_up(const RankParams* params, u32 block, u32 layer, Phase phase, Wait kind, bool idle, u32 source, u32 expected, u32 seen,
+DEV bool give_up(const RankParams* params, Phase phase, u32 layer, Wait kind, bool idle, u32 source, u32 expected, u32 seen,
                  u64 began_ns);
 DEV u64 timer_ns() { return sim::now_ns(); }
+DEV u32 clock_low() { return (u32)timer_ns(); }  // a clock of 1 GHz
 
 // One stay in the parking lot; true when give_up has ended the wait.
 DEV_CALL bool park_once(Waiter& w, sim::Park how, sim::WaitNote& note) {
@@ -163,7 +170,8 @@ DEV_CALL bool park_once(Waiter& w, sim::Park how, sim::WaitNote& note) {
     note.deadline_ns = note.idle ? ~0ull : note.began_ns + w.params->deadline_us * 1000ull;
   }
   if (!sim::park_wait(how, note)) return false;
-  w.failed = give_up(w.params, w.block, w.layer, w.phase, note.kind, note.idle, note.source, note.expected, note.seen, note.began_ns);
+  w.failed =
+      give_up(w.params, w.phase, w.layer, note.kind, note.idle, note.source, note.expected, note.seen, note.began_ns);
   if (w.failed) return true;
   if (!note.idle) note.deadline_ns = timer_ns() + 1'000'000;  // it knows better: do not ask again at once
   return false;
@@ -179,7 +187,8 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
     for (int i = 0; i < count; i++) {
       load_words(address(i), word[i][0], word[i][1]);
       for (int j = 0; j < 2 && !first; j++)
-        if ((u32)(word[i][j] >> 32) != epoch) first = address(i) + j, note.source = source(i), note.seen = (u32)(word[i][j] >> 32);
+        if ((u32)(word[i][j] >> 32) != epoch)
+          first = address(i) + j, note.source = source(i), note.seen = (u32)(word[i][j] >> 32);
     }
     return first;
   };
@@ -241,7 +250,7 @@ DEV void mbar_arrive(u64* bar) { sim::mbarrier_arrive(bar, 0, false); }
 DEV void mbar_arrive_expect(u64* bar, u32 bytes) { sim::mbarrier_arrive(bar, bytes, true); }
 DEV bool mbar_test(u64* bar, u32 parity) {
   if (!sim::mbarrier_done(bar, parity)) return false;
-  sim::mbarrier_seen(bar);
+  sim::mbarrier_seen(bar, parity);
   return true;
 }
 DEV void mbar_wait(Waiter& w, Wait kind, bool idle, u64* bar, u32 parity) {

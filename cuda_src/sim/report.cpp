@@ -43,12 +43,14 @@ static const char* barrier_name(u32 id) {
 
 static void where(const Fiber* f) {
   const LaunchParams& p = machine.params;
-  report_add("rank %u block %u warp %u", p.ranks[f->block->rank_idx].rank, f->block->index % machine.shape.num_blocks, f->thread / LANES);
+  report_add("rank %u block %u warp %u", p.ranks[f->block->rank_idx].rank, f->block->index % machine.shape.num_blocks,
+             f->thread / LANES);
   if (LANES > 1) report_add(" lane %u", f->lane);
 }
 
 static bool same_wait(const Fiber* a, const Fiber* b) {
-  return a->state == b->state && a->park == b->park && a->note.address == b->note.address && a->note.expected == b->note.expected;
+  return a->state == b->state && a->park == b->park && a->note.address == b->note.address &&
+         a->note.expected == b->note.expected;
 }
 
 void report_waits(const char* headline) {
@@ -78,10 +80,8 @@ void report_waits(const char* headline) {
     } else {
       report_add(": in %s of layer %u, waits for %s", name_of(n.phase), n.layer, name_of(n.kind));
       const size_t offset = (const char*)n.address - f->block->shared;
-      if (f->park == Park::kMbar)
-        report_add(": mbarrier at shared + %zu, parity %u", offset, n.expected);
-      else
-        report_add(" of rank %u at %p: expected epoch %u, seen %u", n.source, n.address, n.expected, n.seen);
+      if (f->park == Park::kMbar) report_add(": mbarrier at shared + %zu, parity %u", offset, n.expected);
+      else report_add(" of rank %u at %p: expected epoch %u, seen %u", n.source, n.address, n.expected, n.seen);
       if (n.idle) report_add(" (idle wait)");
     }
   }

@@ -12,15 +12,15 @@ namespace sim {
 Machine machine;
 
 namespace {
-constexpr u32 kHousekeeping = 64;      // dispatches between two looks at idle fibers
-constexpr u32 kAbortSteps = 4096;      // dispatches between two looks at the abort words while others run
-constexpr u64 kStepNs = 20;            // virtual time of a dispatch
-constexpr u32 kBusyRounds = 200;       // rounds without progress before sleeping
+constexpr u32 kHousekeeping = 64;   // dispatches between two looks at idle fibers
+constexpr u32 kAbortSteps = 4096;   // dispatches between two looks at the abort words while others run
+constexpr u64 kStepNs = 20;         // virtual time of a dispatch
+constexpr u64 kBusyNs = 2'000'000;  // without progress before sleeping: a peer's words are seldom longer away
 constexpr u64 kSleepMinNs = 50'000, kSleepMaxNs = 1'000'000;
 constexpr u64 kAskEveryNs = 1'000'000;  // between two looks at deadlines while nothing runs
 
 struct {
-  u64 progress, rounds, sleep_ns, last_ask_ns, last_wall_ns;
+  u64 progress, since_ns, sleep_ns, last_ask_ns, last_wall_ns;
 } quiet;
 
 u64 wall_ns() {
@@ -60,8 +60,7 @@ Warp* pick_warp() {
     case Mode::kRoundRobin:
       if (machine.turn >= machine.num_ready) machine.turn = 0;
       return machine.ready[machine.turn++];
-    case Mode::kRandom:
-      return machine.ready[random_u64() % machine.num_ready];
+    case Mode::kRandom: return machine.ready[random_u64() % machine.num_ready];
     default:
       Warp* best = machine.ready[0];
       for (u32 i = 1; i < machine.num_ready; i++)
@@ -81,6 +80,15 @@ Warp* pick_unstalled() {
   return w;
 }
 
+void continue_fiber(void** save, Fiber* f) {
+  tsan_switch(f->tsan);
+  imex_sim_switch(save, f->sp);
+}
+void continue_scheduler(void** save) {
+  tsan_switch(machine.main_tsan);
+  imex_sim_switch(save, machine.main_sp);
+}
+
 // Called by the current fiber after it changed its state: continues another, or the scheduler's own context.
 void leave() {
   Fiber* self = machine.current;
@@ -95,11 +103,11 @@ void leave() {
     if (next) {
       machine.clock_ns += kStepNs;
       dispatch(next);
-      if (next != self) imex_sim_switch(&self->sp, next->sp);
+      if (next != self) continue_fiber(&self->sp, next);
       return;
     }
   }
-  imex_sim_switch(&self->sp, machine.main_sp);
+  continue_scheduler(&self->sp);
 }
 
 void fiber_main() {
@@ -113,14 +121,18 @@ void fiber_main() {
   __builtin_trap();
 }
 
-void unlink_word(Fiber* f) {
-  Fiber** at = &machine.parked[bucket_of(f->note.address)];
+Fiber** waiters_of(const Fiber* f) {
+  return f->park == Park::kWord ? &machine.parked[bucket_of(f->note.address)] : &f->block->mbar_waiters;
+}
+
+void unlink_waiter(Fiber* f) {
+  Fiber** at = waiters_of(f);
   while (*at != f) at = &(*at)->next;
   *at = f->next;
 }
 
 void ask_fiber(Fiber* f) {
-  if (f->park == Park::kWord) unlink_word(f);
+  unlink_waiter(f);
   f->ask = true;
   make_ready(f);
 }
@@ -168,7 +180,7 @@ bool poll_words() {  // another process may have written what is waited for
   for (Fiber* f = machine.fibers; f < machine.fibers + machine.num_fibers; f++) {
     if (f->state != State::kParked || f->park != Park::kWord) continue;
     if ((u32)(__atomic_load_n((const u64*)f->note.address, __ATOMIC_ACQUIRE) >> 32) != f->note.expected) continue;
-    unlink_word(f);
+    unlink_waiter(f);
     make_ready(f);
     any = true;
   }
@@ -186,20 +198,20 @@ int quiescent() {
     report_waits("deadlock: nothing can run");
     return kDeadlock;
   }
-  if (quiet.progress != machine.progress) quiet = {machine.progress, 0, kSleepMinNs, quiet.last_ask_ns, wall_ns()};
   const u64 wall = wall_ns();
+  if (quiet.progress != machine.progress) quiet = {machine.progress, wall, kSleepMinNs, quiet.last_ask_ns, wall};
   machine.clock_ns += wall - quiet.last_wall_ns;  // while nothing runs, virtual time passes with the wall's
   quiet.last_wall_ns = wall;
   if (wall - quiet.last_ask_ns > kAskEveryNs) {
     quiet.last_ask_ns = wall;
     if (ask_waits()) return kOk;
   }
-  if (++quiet.rounds > kBusyRounds) {
+  if (wall - quiet.since_ns > kBusyNs) {
     const timespec t{0, (long)quiet.sleep_ns};
     nanosleep(&t, nullptr);
     if (quiet.sleep_ns < kSleepMaxNs) quiet.sleep_ns += quiet.sleep_ns / 4;
-  } else if (machine.processes) {
-    sched_yield();
+  } else {
+    sched_yield();  // there may be fewer cores than ranks
   }
   wake_idle();
   return kOk;
@@ -232,12 +244,11 @@ bool park_wait(Park kind, const WaitNote& note) {
   f->note = note;
   if (!note.began_ns) f->note.began_ns = now_ns();
   f->ask = false;
-  if (kind == Park::kWord) {
-    Fiber** bucket = &machine.parked[bucket_of(note.address)];
-    while (*bucket) bucket = &(*bucket)->next;  // in order of arrival: schedules do not depend on addresses
-    *bucket = f;
-    f->next = nullptr;
-  }
+  f->park = kind;
+  Fiber** last = waiters_of(f);
+  while (*last) last = &(*last)->next;  // in order of arrival: schedules do not depend on addresses
+  *last = f;
+  f->next = nullptr;
   park(kind);
   return f->ask;
 }
@@ -268,21 +279,23 @@ void pause_idle() {
 void fail_launch(int status) {
   machine.status = status;
   void* nowhere;
-  imex_sim_switch(&nowhere, machine.main_sp);
+  continue_scheduler(&nowhere);
   __builtin_trap();
 }
 
 void start_fiber(Fiber* f, char* stack, size_t bytes) {
   f->stack = stack;
+  f->tsan = tsan_create();
   f->sp = make_context(stack, bytes, fiber_main);
   make_ready(f);
 }
 
-int run_fibers() {
+static int dispatch_all() {
+  const u32* stop = (const u32*)machine.config.stop;
   quiet = {};
   quiet.last_wall_ns = wall_ns();
   while (machine.alive && machine.status == kOk) {
-    if (__atomic_load_n(&machine.stop, __ATOMIC_RELAXED)) return kStopped;
+    if (stop && __atomic_load_n(stop, __ATOMIC_RELAXED)) return kStopped;
     machine.steps++;
     machine.clock_ns += kStepNs;
     drain_some(false);
@@ -294,9 +307,30 @@ int run_fibers() {
       continue;
     }
     Fiber* f = dispatch(pick_lane(machine.config.stalls ? pick_unstalled() : pick_warp()));
-    imex_sim_switch(&machine.main_sp, f->sp);
+    continue_fiber(&machine.main_sp, f);
   }
   return machine.status;
+}
+
+// What this launch did happens before whatever comes after it, also what its fibers did that never ended.
+static void join_fibers() {
+  auto join = [](void* fiber) {
+    tsan_switch(fiber);
+    tsan_release(&machine);
+    tsan_switch(machine.main_tsan);
+    tsan_destroy(fiber);
+  };
+  for (u32 i = 0; i < machine.num_fibers; i++) join(machine.fibers[i].tsan);
+  for (u32 i = 0; i < machine.num_blocks; i++) join(machine.blocks[i].tsan_async);
+  tsan_acquire(&machine);
+}
+
+int run_fibers() {
+  machine.main_tsan = tsan_self();
+  for (u32 i = 0; i < machine.num_blocks; i++) machine.blocks[i].tsan_async = tsan_create();
+  const int status = dispatch_all();
+  if (kTsan) join_fibers();
+  return status;
 }
 
 }  // namespace sim

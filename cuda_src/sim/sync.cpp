@@ -16,6 +16,7 @@ u64 later(u64 a, u64 b) { return a > b ? a : b; }
 
 void barrier_opens(Block* block, Barrier* b) {
   b->arrived = 0;
+  b->generation++;
   b->result = b->any, b->any = false;
   b->view_result = b->view;
   for (Fiber* f = block->fibers; f < block->fibers + kThreads; f++)
@@ -26,7 +27,8 @@ u64& view_of(Block* block, u64* bar) { return block->mbar_view[((char*)bar - blo
 
 Mbar* mbar_at(Block* block, u64* bar) {
   const size_t offset = (char*)bar - block->shared;
-  if (offset % 8 || offset >= machine.shape.smem_bytes) misuse("mbarrier at %p is not in the block's shared memory", (void*)bar);
+  if (offset % 8 || offset >= machine.shape.smem_bytes)
+    misuse("mbarrier at %p is not in the block's shared memory", (void*)bar);
   return (Mbar*)bar;
 }
 
@@ -34,8 +36,15 @@ void mbar_check(Block* block, Mbar* m) {
   if (m->pending || m->bytes16) return;
   m->phase ^= 1;
   m->pending = m->count;
-  for (Fiber* f = block->fibers; f < block->fibers + kThreads; f++)
-    if (f->state == State::kParked && f->park == Park::kMbar && f->note.address == m && f->note.expected != m->phase) make_ready(f);
+  for (Fiber** at = &block->mbar_waiters; *at;) {
+    Fiber* f = *at;
+    if (f->note.address == m && f->note.expected != m->phase) {
+      *at = f->next;
+      make_ready(f);
+    } else {
+      at = &f->next;
+    }
+  }
 }
 }  // namespace
 
@@ -45,6 +54,8 @@ bool block_barrier(int id, u32 count, bool vote) {
   Block* block = f->block;
   Barrier* b = &block->barriers[id];
   share_stores();
+  const void* key = (char*)b + (b->generation & 1);
+  tsan_release(key);
   b->any |= vote;
   b->view = later(b->view, f->view);
   if (++b->arrived == (id == 0 ? block->alive : count)) {
@@ -55,6 +66,7 @@ bool block_barrier(int id, u32 count, bool vote) {
     f->note.expected = id;
     park(Park::kBarrier);
   }
+  tsan_acquire(key);
   f->view = later(f->view, b->view_result);
   return b->result;  // the next use needs this fiber's arrival, so it is still this one's
 }
@@ -86,6 +98,7 @@ void mbarrier_arrive(u64* bar, u32 bytes, bool expect) {
   share_stores();
   u64& view = view_of(f->block, bar);
   view = later(view, f->view);
+  tsan_release((char*)bar + m->phase);
   m->bytes16 += (int)(bytes / 16);
   m->pending--;
   mbar_check(f->block, m);
@@ -93,26 +106,31 @@ void mbarrier_arrive(u64* bar, u32 bytes, bool expect) {
 
 void mbarrier_complete(Block* block, u64* bar, u32 bytes) {
   Mbar* m = mbar_at(block, bar);
+  tsan_release((char*)bar + m->phase);
   m->bytes16 -= (int)(bytes / 16);
   mbar_check(block, m);
 }
 
 bool mbarrier_done(u64* bar, u32 parity) { return mbar_at(machine.current->block, bar)->phase != parity; }
 
-void mbarrier_seen(u64* bar) {
+void mbarrier_seen(u64* bar, u32 parity) {
   Fiber* f = machine.current;
+  tsan_acquire((char*)bar + parity);
   f->view = later(f->view, view_of(f->block, bar));
 }
 
 void warp_synchronize() {
   Fiber* f = machine.current;
   share_stores();
+  const void* key = (char*)f->warp->slot + (f->warp->turn & 1);
+  tsan_release(key);
   u64 view = f->view;
   collective(&view, [](void** lane) {
     u64 all = 0;
     for (int i = 0; i < LANES; i++) all = later(all, *(u64*)lane[i]);
     for (int i = 0; i < LANES; i++) *(u64*)lane[i] = all;
   });
+  tsan_acquire(key);
   f->view = view;
 }
 

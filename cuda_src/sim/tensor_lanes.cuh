@@ -11,8 +11,8 @@ DEV float bf16_at(const char* p, int i) {
 }
 
 struct Accum {
-  float c[kMaxRows];      // this lane's output row and quarter of every chunk, per row of the step
-  float result[4];        // after the warp has met: rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and the next
+  float c[kMaxRows];  // this lane's output row and quarter of every chunk, per row of the step
+  float result[4];    // after the warp has met: rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and the next
 };
 DEV void accum_zero(Accum& acc) {
   for (float& v : acc.c) v = 0.f;
@@ -70,7 +70,8 @@ DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int heads, int 
   for (int h = 0; h < heads && p < valid; h++) {
     float dot = 0.f;
     for (int s = 0; s < segments; s++)
-      for (int i = 0; i < 32; i++) dot += bf16_at(q, (s * heads + h) * 32 + i) * bf16_at(chunk, ((unit * segments + s) * 8 + n) * 32 + i);
+      for (int i = 0; i < 32; i++)
+        dot += bf16_at(q, (s * heads + h) * 32 + i) * bf16_at(chunk, ((unit * segments + s) * 8 + n) * 32 + i);
     part.score[h] = dot * scale;
   }
   sim::Warp* warp = sim::machine.current->warp;

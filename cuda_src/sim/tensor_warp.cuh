@@ -23,19 +23,34 @@ DEV __attribute__((always_inline)) float sum16(const f32x16& v) {
   return s[0];
 }
 
-struct Accum {
-  f32x16 c[kMaxRows][kUnitRows];
-};
-DEV void accum_zero(Accum& acc) {
-  const int rows = (int)shape().max_rows;
-  for (int r = 0; r < rows; r++)
-    for (int n = 0; n < kUnitRows; n++) acc.c[r][n] = f32x16{};
+typedef float f32x8 __attribute__((vector_size(32)));
+// The sums of eight vectors, each in the order of sum16, in one vector: two shuffles halve what is left of two vectors at once.
+DEV __attribute__((always_inline)) f32x8 sum16_of_8(const f32x16* v) {
+  f32x8 a[8];
+  for (int i = 0; i < 8; i++)
+    a[i] = __builtin_shufflevector(v[i], v[i], 0, 1, 2, 3, 4, 5, 6, 7) +
+           __builtin_shufflevector(v[i], v[i], 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int i = 0; i < 4; i++)  // a[i]: 4 left of outputs i and i + 4
+    a[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  for (int i = 0; i < 2; i++)  // 2 left of outputs i, i + 2, i + 4, i + 6
+    a[i] = __builtin_shufflevector(a[i], a[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(a[i], a[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  return __builtin_shufflevector(a[0], a[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+         __builtin_shufflevector(a[0], a[1], 1, 9, 3, 11, 5, 13, 7, 15);
 }
 
+struct Accum {
+  f32x16 c[kMaxRows][kUnitRows];
+  bool fresh;  // all zero, whatever c holds: rows that are not live cost nothing
+};
+DEV void accum_zero(Accum& acc) { acc.fresh = true; }
+
 // One row: all eight outputs in registers, each weight used once.
-DEV void multiply_row(f32x16 (&c)[kUnitRows], const char* tile, const char* x, size_t x_stride, int first, int step, int chunks) {
+DEV void multiply_row(f32x16 (*c)[kUnitRows], bool fresh, const char* tile, const char* x, size_t x_stride, int first, int step,
+                      int chunks) {
   f32x16 s[kUnitRows];
-  for (int n = 0; n < kUnitRows; n++) s[n] = c[n];
+  for (int n = 0; n < kUnitRows; n++) s[n] = fresh ? f32x16{} : c[0][n];
   for (int k = first; k < chunks; k += step) {
     const Wide a = widen(x + k * x_stride);
     const char* w = tile + k * 512;
@@ -46,15 +61,16 @@ DEV void multiply_row(f32x16 (&c)[kUnitRows], const char* tile, const char* x, s
       s[n] = b.odd * a.odd + s[n];
     }
   }
-  for (int n = 0; n < kUnitRows; n++) c[n] = s[n];
+  for (int n = 0; n < kUnitRows; n++) c[0][n] = s[n];
 }
 
 // R rows: activations widened once for a group of chunks, two outputs at a time, each widened weight used R times.
 template <int R>
-DEV __attribute__((noinline)) void multiply_rows(f32x16 (*c)[kUnitRows], const char* tile, const char* x, size_t x_stride, int first,
-                                                 int step, int chunks) {
+DEV_CALL void multiply_rows(f32x16 (*c)[kUnitRows], bool fresh, const char* tile, const char* x, size_t x_stride, int first,
+                            int step, int chunks) {
   constexpr int kGroup = 4;
   Wide a[kGroup][R];
+  for (int i = 0; i < R * kUnitRows && fresh; i++) c[i / kUnitRows][i % kUnitRows] = f32x16{};
   for (int from = first; from < chunks; from += kGroup * step) {
     int count = 0;
     for (int k = from; k < chunks && count < kGroup; k += step, count++)
@@ -82,15 +98,22 @@ DEV __attribute__((noinline)) void multiply_rows(f32x16 (*c)[kUnitRows], const c
 DEV void accum_multiply(Accum& acc, const char* tile, const char* x, int first, int step, int chunks, int rows) {
   const size_t stride = shape().max_rows * 64;
   int r = 0;
-  for (; rows - r >= 8; r += 8) multiply_rows<8>(acc.c + r, tile, x + r * 64, stride, first, step, chunks);
-  if (rows - r >= 4) multiply_rows<4>(acc.c + r, tile, x + r * 64, stride, first, step, chunks), r += 4;
-  if (rows - r >= 2) multiply_rows<2>(acc.c + r, tile, x + r * 64, stride, first, step, chunks), r += 2;
-  if (rows - r >= 1) multiply_row(acc.c[r], tile, x + r * 64, stride, first, step, chunks);
+  auto part = [&](auto multiply, int count) {
+    multiply(acc.c + r, acc.fresh, tile, x + r * 64, stride, first, step, chunks);
+    r += count;
+  };
+  while (rows - r >= 8) part(multiply_rows<8>, 8);
+  if (rows - r >= 4) part(multiply_rows<4>, 4);
+  if (rows - r >= 2) part(multiply_rows<2>, 2);
+  if (rows - r >= 1) part(multiply_row, 1);
+  acc.fresh = false;
 }
 // part: float [max_rows, 8] in shared memory.
 DEV void accum_store(const Accum& acc, float* part, int rows) {
-  for (int r = 0; r < rows; r++)
-    for (int n = 0; n < kUnitRows; n++) part[r * kUnitRows + n] = sum16(acc.c[r][n]);
+  for (int r = 0; r < rows; r++) {
+    const f32x8 sums = acc.fresh ? f32x8{} : sum16_of_8(acc.c[r]);
+    memcpy(part + r * kUnitRows, &sums, sizeof sums);
+  }
 }
 
 // One warp's running softmax over the chunks it has seen, for up to 16 query heads of one KV head.

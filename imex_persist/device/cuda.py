@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -27,7 +28,8 @@ from imex_persist.planner import Machine
 
 MIN_CAPABILITY = (9, 0)
 ENTRY = "decode"
-THREADS = (abi.CONSUMER_WARPS + 2) * 32  # kThreads of cuda/primitives.cuh
+THREADS = abi.NUM_WARPS * 32  # kThreads of cuda/primitives.cuh
+PAGE = mmap.PAGESIZE
 SYMMETRIC_GRAIN = 2 << 20  # the driver's allocation grain: a smaller export would share its pages with strangers
 POLL_S = (50e-6, 5e-3)  # between two looks at the stream: the first pause, the longest
 
@@ -40,6 +42,16 @@ class CudaKernel:
     shape: np.void
     function: int  # CUfunction
     module: Any
+
+
+@dataclass
+class HostBlock:
+    """Whole pages of host memory that the GPU maps."""
+
+    first: int
+    end: int
+    mapped: int  # where the kernel sees `first`
+    memory: memoryview
 
 
 class CudaLaunch:
@@ -75,6 +87,7 @@ class CudaDevice:
         self.ordinal = ordinal
         self._frees: list[Callable[[], None]] = []  # undone last to first by close()
         self._peer_frees: list[Callable[[], None]] = []
+        self._hosts: list[HostBlock] = []
         self._kernels: list[CudaKernel] = []
         self._running: CudaLaunch | None = None
         self._lost = False  # a kernel failed, and with it this process's CUDA context
@@ -153,14 +166,18 @@ class CudaDevice:
         return Buffer(address, nbytes)
 
     def map_host(self, memory: memoryview) -> int:
-        """The memory must stay where it is until `close`; nothing here keeps a view of it, so that its owner can close it after."""
+        """Keeps `memory` alive until `close`: pages that the GPU maps must not become somebody else's."""
         self._idle("register host memory")
-        view = np.frombuffer(memory, np.uint8)
-        address, nbytes = view.ctypes.data, view.nbytes
-        del view
-        self._rt("cudaHostRegister", address, nbytes, self._runtime.cudaHostRegisterMapped)
-        self._frees.append(lambda: self._raw("cudaHostUnregister", address))
-        return int(self._rt("cudaHostGetDevicePointer", address, 0))
+        address = np.frombuffer(memory, np.uint8).ctypes.data
+        first, end = address // PAGE * PAGE, -(-(address + memory.nbytes) // PAGE) * PAGE
+        for host in self._hosts:
+            if host.first <= first and end <= host.end:  # mapped already, alone or within more
+                return host.mapped + address - host.first
+        self._rt("cudaHostRegister", first, end - first, self._runtime.cudaHostRegisterMapped)
+        self._frees.append(lambda: self._raw("cudaHostUnregister", first))
+        mapped = int(self._rt("cudaHostGetDevicePointer", first, 0))
+        self._hosts.append(HostBlock(first, end, mapped, memoryview(memory)))
+        return mapped + address - first
 
     # -------------------------------------------------------------------------------------------- copies
     def upload(self, buffer: Buffer, offset: int, array: Any) -> None:
@@ -278,14 +295,15 @@ class CudaDevice:
         if self._running is not None and not self._lost:
             self._running.wait(0.5)
         if self._lost:  # every call fails now: the memory goes with the process
-            for undo in (self._peer_frees, self._frees):
-                undo.clear()
+            for held in (self._peer_frees, self._frees, self._hosts):
+                held.clear()
             return
         self.close_peers()
         self._running = None
         self._kernels.clear()
         while self._frees:
             self._frees.pop()()
+        self._hosts.clear()
         if self._stream:
             self._raw("cudaStreamDestroy", self._stream)
             self._stream = 0
@@ -300,11 +318,15 @@ class CudaDevice:
     def _find(self) -> None:
         status, count = self._raw("cudaGetDeviceCount")
         if status:
-            raise DeviceError(f"no GPU can be used, {self._error_name(status)}: check the driver with nvidia-smi, or use device='sim'")
+            raise DeviceError(
+                f"no GPU can be used, {self._error_name(status)}: check the driver with nvidia-smi, or use device='sim'"
+            )
         if not 0 <= self.ordinal < count:
             shown = os.environ.get("CUDA_VISIBLE_DEVICES")
             limit = "" if shown is None else f" (CUDA_VISIBLE_DEVICES is {shown!r})"
-            raise DeviceError(f"GPU {self.ordinal} does not exist: {count} can be seen, counted from 0{limit}; name one of them")
+            raise DeviceError(
+                f"GPU {self.ordinal} does not exist: {count} can be seen, counted from 0{limit}; name one of them"
+            )
         self._select()
 
     def _select(self) -> None:

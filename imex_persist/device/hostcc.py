@@ -54,7 +54,9 @@ def find_compiler(cxx: str | None = None) -> Compiler:
             return Compiler(tuple(command), answer.stdout.strip())
     if wanted:
         raise DeviceError(f"the C++ compiler {wanted!r} (from $CXX) does not run; unset CXX or name one that does")
-    raise DeviceError("the simulator needs a C++ compiler and this host has none: install g++ or clang++, or `pip install ziglang`")
+    raise DeviceError(
+        "the simulator needs a C++ compiler and this host has none: install g++ or clang++, or `pip install ziglang`"
+    )
 
 
 @lru_cache
@@ -79,17 +81,21 @@ def _run(command: list[str], what: str) -> None:
         raise DeviceError(f"{what} does not compile for the simulator:\n{shlex.join(command)}\n{done.stderr.strip()[:8000]}")
 
 
-def build(lanes: int = 1, source: str | Path | None = None, *, tsan: bool = False, cxx: str | None = None, defines: tuple = ()) -> Path:
+def build(
+    lanes: int = 1, source: str | Path | None = None, *, tsan: bool = False, cxx: str | None = None, defines: tuple = ()
+) -> Path:
     """The shared library that simulates `source` (None: decode.cu) with one fiber a warp (`lanes` 1) or a thread (32).
 
     `defines`: extra "NAME=value" for the kernel only. `tsan`: instruments the kernel for ThreadSanitizer.
     """
     if lanes not in (1, 32):
         raise ValueError(f"lanes is {lanes}: a warp is simulated as 1 fiber or as 32")
-    if tsan:
-        raise DeviceError("the simulator has no ThreadSanitizer build yet")
     root, compiler = sources.cuda_src(), find_compiler(cxx)
     flags = [*FLAGS, f"-DSIM_LANES={lanes}", *(ZIG_FLAGS if compiler.is_zig else ())]
+    if tsan:
+        if "g++" not in Path(compiler.command[0]).name:
+            raise DeviceError(f"the simulator's ThreadSanitizer build needs g++, not {shlex.join(compiler.command)}")
+        flags.append("-DSIM_TSAN")
     toolchain = (compiler.command, compiler.version, _cpu(), flags)
 
     def compile_object(path: Path, files: Iterable[Path], extra: list[str]) -> Path:
@@ -106,11 +112,20 @@ def build(lanes: int = 1, source: str | Path | None = None, *, tsan: bool = Fals
         source = Path(source).resolve()
         extra.append(f'-DIMEX_KERNEL_SOURCE="{source}"')
         tree = [*tree, *sorted(path for path in source.parent.iterdir() if path.suffix in (".cu", ".cuh", ".h"))]
+    if tsan:
+        extra += ["-fsanitize=thread", "-O1"]
     objects.append(compile_object(root / "sim" / "kernel.cpp", tree, extra))
 
-    link = ["-shared", *(["-nostdlib++"] if compiler.is_zig else []), *map(str, objects), "-lm"]
+    link = ["-shared", *(["-nostdlib++"] if compiler.is_zig else []), *(["-fsanitize=thread"] if tsan else []), *map(str, objects), "-lm"]
 
     def make_library(made: Path) -> None:
         _run([*compiler.command, *link, "-o", str(made)], "the simulator")
 
     return _cached("sim.so", sources.digest([], *toolchain, *objects), make_library)
+
+
+def tsan_environment() -> dict[str, str]:
+    """Environment of a process that loads a `tsan` build: ThreadSanitizer must be there before everything else."""
+    library = subprocess.run([*find_compiler().command, "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
+    options = "report_thread_leaks=0 history_size=3 exitcode=66 report_signal_unsafe=0"
+    return {**os.environ, "LD_PRELOAD": str(Path(library).resolve()), "TSAN_OPTIONS": options}

@@ -74,7 +74,9 @@ def version() -> tuple[int, int]:
         if isinstance(error, DeviceError):
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DeviceError(f"the NVRTC library, which compiles the kernel, cannot be loaded ({first}): {PACKAGES_HINT}") from error
+        raise DeviceError(
+            f"the NVRTC library, which compiles the kernel, cannot be loaded ({first}): {PACKAGES_HINT}"
+        ) from error
 
 
 def _checked(nvrtc, result: tuple, what: str):

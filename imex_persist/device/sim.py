@@ -9,11 +9,13 @@ same user only), and it is gone with the last process that has it, however that 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import mmap
 import os
 import platform
 import threading
+import weakref
 from functools import lru_cache
 from typing import Any
 
@@ -27,18 +29,22 @@ from imex_persist.planner import Machine
 
 MODES = ("rr", "random", "pct")
 _STATUS_BUSY = 4
-_STATUS = {1: "misused a primitive", 2: "deadlocked", 3: "was stopped", _STATUS_BUSY: "is already running", 5: "ran out of memory"}
+_STATUS = {
+    1: "misused a primitive",
+    2: "deadlocked",
+    3: "was stopped",
+    _STATUS_BUSY: "is already running",
+    5: "ran out of memory",
+}
 _STATS = ("steps", "switches", "drains", "copies", "clock_ns")
 
 
 class SimConfig(ctypes.Structure):
     """sim::SimConfig of cuda_src/sim/machine.h."""
 
-    _fields_ = [("seed", ctypes.c_uint64)] + [
+    _fields_ = [(name, ctypes.c_uint64) for name in ("seed", "stop")] + [
         (name, ctypes.c_uint32)
-        for name in (
-            "mode processes preempt delay_stores delay_copies split_words stalls pct_depth pct_steps on_deadlock".split()
-        )
+        for name in "mode processes preempt delay_stores delay_copies split_words stalls pct_depth pct_steps on_deadlock".split()
     ]
 
 
@@ -59,16 +65,31 @@ class SimKernel:
         self.shape = np.array(shape, abi.Shape)
 
 
+_running: weakref.WeakSet[SimLaunch] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A kernel must not outlive the interpreter, which frees the memory under it."""
+    for launch in list(_running):
+        launch.stop()
+
+
 class SimLaunch:
     """A launch on a thread of its own; ctypes releases the GIL meanwhile."""
 
-    def __init__(self, kernel: SimKernel, config: SimConfig, params: np.ndarray):
-        self._kernel, self._config, self._params = kernel, config, params
+    def __init__(self, device: SimDevice, kernel: SimKernel, params: np.ndarray):
+        self._device = device  # and with it the memory that the kernel uses
+        self._kernel, self._params = kernel, params
+        self._stop = ctypes.c_uint32(0)
+        self._config = SimConfig.from_buffer_copy(device.config)
+        self._config.stop = ctypes.addressof(self._stop)
         self.status: int | None = None
         self.report = ""
         self.stats: dict[str, int] = {}
         self._thread = threading.Thread(target=self._run, name="imex-sim", daemon=True)
         self._thread.start()
+        _running.add(self)
 
     def _run(self) -> None:
         library = self._kernel.library
@@ -93,9 +114,9 @@ class SimLaunch:
         return True
 
     def stop(self) -> None:
-        """Ends the launch wherever its fibers are."""
-        if not self.done():
-            self._kernel.library.imex_sim_stop()
+        """Ends the launch wherever its fibers are; its wait() then raises."""
+        self._stop.value = 1
+        self._thread.join()
 
 
 class SimDevice:
@@ -103,6 +124,7 @@ class SimDevice:
 
     `mode`: rr (round robin), random or pct; `preempt`: switch fibers at one of so many memory operations, 0 only at waits;
     `delay`: weak memory, late and split copies and words; `stalls`: blocks stand still at random; `source`: another kernel than decode.cu;
+    `tsan`: the process runs under hostcc.tsan_environment(), and ThreadSanitizer reports what the kernel forgot to order;
     `on_deadlock`: "report" raises DeviceError saying who waits for what, "expire" lets deadlines pass, as on a GPU.
     """
 
@@ -127,6 +149,7 @@ class SimDevice:
         source: str | os.PathLike | None = None,
         cxx: str | None = None,
         defines: tuple[str, ...] = (),
+        tsan: bool = False,
     ):
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
@@ -147,10 +170,10 @@ class SimDevice:
             pct_steps=pct_steps,
             on_deadlock=on_deadlock == "expire",
         )
-        self._build = {"lanes": lanes, "source": source, "cxx": cxx, "defines": tuple(defines)}
+        self._build = {"lanes": lanes, "source": source, "cxx": cxx, "defines": tuple(defines), "tsan": tsan}
         self._launches: list[SimLaunch] = []
         self._files: list[int] = []  # memfds that peers may still open
-        self._held: list[Any] = []  # what mapped host memory needs to stay
+        self._held: list[Any] = []  # mappings, so that no running kernel loses one
 
     def identity(self) -> dict[str, str]:
         return {"uuid": f"sim-{os.getpid()}-{id(self):x}", "name": f"simulator on {platform.machine()}", "arch": "sim"}
@@ -161,7 +184,7 @@ class SimDevice:
         memory = mmap.mmap(-1, max(nbytes, 1))
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)  # weights are read at memory speed
-        return _buffer(memory, nbytes)
+        return self._buffer(memory, nbytes)
 
     def symmetric(self, nbytes: int) -> Buffer:
         self.host_calls += 1
@@ -170,7 +193,7 @@ class SimDevice:
         fd = os.memfd_create("imex-symmetric", os.MFD_CLOEXEC)
         os.ftruncate(fd, nbytes)
         self._files.append(fd)
-        return _buffer(mmap.mmap(fd, nbytes), nbytes, fd)
+        return self._buffer(mmap.mmap(fd, nbytes), nbytes, fd)
 
     def export(self, buffer: Buffer) -> str:
         self.host_calls += 1
@@ -189,12 +212,14 @@ class SimDevice:
         except ValueError:
             raise DeviceError(f"{handle!r} is no handle of this simulator") from None
         except OSError as error:
-            raise DeviceError(f"the memory of peer process {handle.split(':')[1]} cannot be opened: {error.strerror}") from error
+            raise DeviceError(
+                f"the memory of peer process {handle.split(':')[1]} cannot be opened: {error.strerror}"
+            ) from error
         try:
             status = os.fstat(mine)
             if status.st_ino != int(inode) or status.st_size != nbytes:
                 raise DeviceError(f"peer process {pid} no longer has the {nbytes} bytes it exported")
-            return _buffer(mmap.mmap(mine, nbytes), nbytes)
+            return self._buffer(mmap.mmap(mine, nbytes), nbytes)
         finally:
             os.close(mine)
 
@@ -203,6 +228,11 @@ class SimDevice:
         view = (ctypes.c_char * len(memory)).from_buffer(memory)
         self._held.append(view)
         return ctypes.addressof(view)
+
+    def _buffer(self, memory: mmap.mmap, nbytes: int, fd: int | None = None) -> Buffer:
+        owner = _Mapping(memory, fd)
+        self._held.append(owner)
+        return Buffer(ctypes.addressof(owner.view), nbytes, owner)
 
     def upload(self, buffer: Buffer, offset: int, array: np.ndarray) -> None:
         self.host_calls += 1
@@ -227,14 +257,13 @@ class SimDevice:
         self._launches = [launch for launch in self._launches if not launch.done()]
         if self._launches:
             raise DeviceError("a kernel is already running on this device")
-        launch = SimLaunch(kernel, self.config, np.array(params, abi.LaunchParams))
+        launch = SimLaunch(self, kernel, np.array(params, abi.LaunchParams))
         self._launches.append(launch)
         return launch
 
     def close(self) -> None:
         for launch in self._launches:
             launch.stop()
-            launch._thread.join()
         self._launches.clear()
         for fd in self._files:
             os.close(fd)
@@ -248,11 +277,6 @@ class _Mapping:
     def __init__(self, memory: mmap.mmap, fd: int | None):
         self.memory, self.fd = memory, fd
         self.view = ctypes.c_char.from_buffer(memory)
-
-
-def _buffer(memory: mmap.mmap, nbytes: int, fd: int | None = None) -> Buffer:
-    owner = _Mapping(memory, fd)
-    return Buffer(ctypes.addressof(owner.view), nbytes, owner)
 
 
 def _check_range(buffer: Buffer, offset: int, nbytes: int) -> None:

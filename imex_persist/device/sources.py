@@ -31,7 +31,8 @@ def source_files(*, without: Iterable[str] = ()) -> list[Path]:
     return sorted(
         path
         for path in root.rglob("*")
-        if path.suffix in {".cu", ".cuh", ".cpp", ".h", ".hpp", ".inc", ".S"} and not skip & set(path.relative_to(root).parts[:-1])
+        if path.suffix in {".cu", ".cuh", ".cpp", ".h", ".hpp", ".inc", ".S"}
+        and not skip & set(path.relative_to(root).parts[:-1])
     )
 
 

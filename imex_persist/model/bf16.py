@@ -10,10 +10,9 @@ import numpy as np
 
 
 def to_bits(array, xp=np):
-    """`array` (float16, float32, float64, bfloat16, or uint16 bits already) rounded to nearest even, as uint16 bits of its
-    shape.
+    """`array` rounded to nearest even, as uint16 bits of the same shape.
 
-    Raises ValueError for any other dtype.
+    Takes float16, float32, float64, bfloat16, or uint16, which are bits already. Raises ValueError for any other dtype.
     """
     if array.dtype == np.uint16:
         return array
@@ -22,7 +21,8 @@ def to_bits(array, xp=np):
     if array.dtype not in (np.float16, np.float32, np.float64):
         raise ValueError(f"weights of dtype {array.dtype} are not supported: give bfloat16, float16 or float32")
     if xp is np:
-        return array.astype(ml_dtypes.bfloat16).view(np.uint16)
+        with np.errstate(invalid="ignore"):  # a NaN stays one
+            return array.astype(ml_dtypes.bfloat16).view(np.uint16)
     bits = array.astype(xp.float32).view(xp.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     nan = (bits & 0x7FFFFFFF) > 0x7F800000  # rounding up could carry a NaN into infinity or zero

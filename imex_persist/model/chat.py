@@ -1,6 +1,4 @@
-"""Chat templates: Jinja from the model's files, rendered in an immutable sandbox, with the functions that transformers
-gives them.
-"""
+"""Chat templates: Jinja from the model's files in an immutable sandbox, with the functions that transformers gives them."""
 
 from __future__ import annotations
 
@@ -13,6 +11,8 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from imex_persist.model.messages import one_line
 
 
 class _Generation(jinja2.ext.Extension):
@@ -43,7 +43,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
             raise ValueError(
-                f"the model's chat template is not valid ({error}); give plain prompts or token ids instead"
+                f"the model's chat template is not valid ({one_line(error)}); give plain prompts or token ids instead"
             ) from None
         self._variables = dict(variables or {})
 
@@ -57,7 +57,9 @@ class ChatTemplate:
         try:
             return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
         except Exception as error:  # a template is a program: it may fail in any way
-            raise ValueError(f"the chat template cannot render these messages ({error}); see the model's card") from None
+            raise ValueError(
+                f"the chat template cannot render these messages ({one_line(error)}); see the model's card"
+            ) from None
 
 
 def _check_messages(messages: Any) -> None:

@@ -1,5 +1,4 @@
-"""`config.json` of a Llama model: the fields the kernel computes with, and a refusal for every other one that changes the
-math.
+"""`config.json` of a Llama model: what the kernel computes with, and a refusal for whatever else changes the math.
 
 Names and defaults are those of transformers' LlamaConfig. A field that this package does not know and that is no part of
 the Llama architecture is ignored, as transformers does; a field known to change the result is refused unless it has its
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from imex_persist.model.messages import short
+from imex_persist.model.messages import one_line, short
 from imex_persist.model.rope_scaling import RopeScaling, parse_rope
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
@@ -113,9 +112,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "config.json") -> ModelConfig:
-        """The configuration in a parsed `config.json`. Raises ValueError, naming `where`, for what is missing or
-        unsupported.
-        """
+        """The configuration in a parsed `config.json`. Raises ValueError, naming `where`, if it cannot be computed with."""
         try:
             return _from_dict(cls, data)
         except ValueError as error:
@@ -148,7 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
+        raise ValueError(f"{path} is not valid JSON ({one_line(error)}); download it again") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__} where a JSON object belongs; download it again")
     return data

@@ -1,5 +1,4 @@
-"""Random weights of a model's real shapes, for speed and for tests: made where they are needed, the same on every number of
-ranks.
+"""Random weights of a model's real shapes, made where they are needed and the same on any number of ranks.
 
 An element's value depends on the seed, the tensor's name and its place in the whole matrix only: a hash of the place picks
 one of 65536 equally likely values of a normal distribution. No value is zero. Matrices have variance 1 / inputs, so that
@@ -20,6 +19,8 @@ from imex_persist.model.bf16 import to_bits
 from imex_persist.model.config import ModelConfig
 from imex_persist.model.weights import Range, tensor_shapes
 
+CPU_BLOCK = 1 << 16
+
 
 @lru_cache
 def _normal_quantiles() -> np.ndarray:
@@ -30,9 +31,7 @@ def _normal_quantiles() -> np.ndarray:
 
 
 class DummyWeights:
-    """A WeightSource of hashed random numbers; `xp` is numpy, or cupy to make them on a GPU. Needs nothing but a
-    configuration.
-    """
+    """A WeightSource of hashed random numbers, from a configuration alone; `xp` is numpy, or cupy to make them on a GPU."""
 
     rope_adjacent = False
 
@@ -48,9 +47,16 @@ class DummyWeights:
         if len(shape) == 1:
             return self._table("norm")[_hash(xp.arange(start, stop, dtype=xp.uint32), key, xp)]
         left, right = columns or (0, shape[1])
-        # places wrap at 2^32, which only matrices of more elements than any model's would notice
-        place = xp.arange(start, stop, dtype=xp.uint32)[:, None] * xp.uint32(shape[1]) + xp.arange(left, right, dtype=xp.uint32)
-        return self._table(shape[1])[_hash(place, key, xp)]
+        out = xp.empty((stop - start, right - left), xp.uint16)
+        across, table = xp.arange(left, right, dtype=xp.uint32), self._table(shape[1])
+        # on a CPU a block that stays in the cache is four times as fast; on a GPU a large one is
+        step = stop - start if xp is not np else max(1, CPU_BLOCK // (right - left))
+        for first in range(start, stop, max(1, step)):
+            last = min(first + step, stop)
+            # places wrap at 2^32: only a matrix of more elements than any model's would repeat itself
+            place = xp.arange(first, last, dtype=xp.uint32)[:, None] * xp.uint32(shape[1]) + across
+            out[first - start : last - start] = xp.take(table, _hash(place, key, xp))
+        return out
 
     def _table(self, kind):
         if kind not in self._tables:

@@ -52,8 +52,9 @@ def hf_name(name: str) -> str:
 
 
 class GgufWeights:
-    """A WeightSource over a GGUF file (`config` holds what its metadata says). Raises ValueError for what is broken or
-    unsupported.
+    """A WeightSource over a GGUF file; `config` is what its metadata says.
+
+    Raises ValueError for a file that is broken or not supported.
     """
 
     rope_adjacent = True
@@ -93,8 +94,9 @@ class GgufWeights:
 
 
 def config_of(header: GgufHeader, where: str, rope_divisors: tuple[float, ...] = ()) -> ModelConfig:
-    """The configuration in a GGUF header; `rope_divisors` are the values of rope_freqs.weight. Raises ValueError, naming
-    `where`.
+    """The configuration in a GGUF header; `rope_divisors` are the values of rope_freqs.weight.
+
+    Raises ValueError, naming `where`, for what is missing or not supported.
     """
     meta = header.metadata
     architecture = meta.get("general.architecture")

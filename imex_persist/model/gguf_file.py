@@ -1,6 +1,7 @@
-"""The header of a GGUF file: metadata and where each tensor lies. Written out because the `gguf` package's reader makes an
-array view of every string (2.7 s for 49,000 tokens, against 0.1 s) and loops without end on some broken files; the
-formats of quantized blocks stay the package's (gguf.py). Layout: github.com/ggml-org/ggml, docs/gguf.md.
+"""The header of a GGUF file: metadata, and where each tensor lies. Layout: github.com/ggml-org/ggml, docs/gguf.md.
+
+Read here because the `gguf` package's reader makes an array view of every string (2.7 s for 49,000 tokens, against 0.1 s)
+and loops without end on some broken files. The formats of quantized blocks stay the package's (gguf.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from imex_persist.model.messages import one_line
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -36,16 +39,14 @@ class GgufHeader:
 
 
 def read_header(path: str | Path) -> GgufHeader:
-    """The header of the GGUF file at `path` (version 2 or 3, little-endian). Raises ValueError if it is not complete and
-    sound.
-    """
+    """The header of the GGUF file (version 2 or 3, little-endian) at `path`. Raises ValueError if it is not sound."""
     try:
         with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Cursor(data).header()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); give an existing .gguf file") from None
     except (ValueError, struct.error, OverflowError) as error:  # ValueError: also an empty file, and text that is not UTF-8
-        raise ValueError(f"{path} is no complete GGUF file ({error}); download it again") from None
+        raise ValueError(f"{path} is no complete GGUF file ({one_line(error)}); download it again") from None
 
 
 class _Cursor:

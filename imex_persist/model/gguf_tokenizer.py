@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
-from imex_persist.model.messages import short
+from imex_persist.model.messages import one_line, short
 from imex_persist.model.tokenizer import Tokenizer
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
@@ -30,8 +30,7 @@ _PRE = {
 
 
 def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer | None:
-    """The tokenizer of a GGUF file's metadata, or None where it has none or one of a kind that is not supported (token ids
-    work).
+    """The tokenizer of a GGUF file's metadata, or None where it has none of a supported kind (token ids still work).
 
     Raises ValueError, naming `where`, for a vocabulary that contradicts itself.
     """
@@ -51,7 +50,7 @@ def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer | None:
         # llama-bpe takes a piece that is a token as a whole, whatever the merges would make of it
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe"))
     except Exception as error:  # the package raises plain Exception
-        raise ValueError(f"{where} has no valid BPE vocabulary ({str(error)[:200]}); download the file again") from None
+        raise ValueError(f"{where} has no valid BPE vocabulary ({one_line(error)}); download the file again") from None
     backend.pre_tokenizer = pre_tokenizers.Sequence(_PRE[pre]())
     backend.decoder = decoders.ByteLevel()
     added = [(token, kind == _CONTROL) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]

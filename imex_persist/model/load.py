@@ -71,7 +71,8 @@ def _dummy(config: ModelConfig, seed: int, xp) -> DummyWeights:
 
 
 def _name(model: str | os.PathLike) -> str:
-    return Path(os.path.normpath(os.fspath(model))).name.removesuffix(".gguf")
+    name = Path(os.path.normpath(os.fspath(model))).name or Path(model).resolve().name
+    return name.removesuffix(".gguf")
 
 
 def _stop_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:

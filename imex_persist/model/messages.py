@@ -13,3 +13,9 @@ def short(value: Any, limit: int = 60) -> str:
     except (ValueError, RecursionError):
         text = f"a {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def one_line(error: Exception, limit: int = 200) -> str:
+    """Another package's error text as part of a sentence: no line breaks, cut to `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

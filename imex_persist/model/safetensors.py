@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from imex_persist.model.bf16 import to_bits
 from imex_persist.model.config import ModelConfig, read_json
-from imex_persist.model.messages import short
+from imex_persist.model.messages import one_line, short
 from imex_persist.model.weights import Range, check_tensors, tensor_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -59,7 +59,7 @@ class SafetensorsWeights:
             # whole rows are contiguous in the file; safetensors copies them out of the mapping once
             part = view[start:stop] if columns is None else view[start:stop, columns[0] : columns[1]]
         except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path}: {name} cannot be read ({error}); download the file again") from None
+            raise ValueError(f"{path}: {name} cannot be read ({one_line(error)}); download the file again") from None
         return to_bits(part)
 
 
@@ -89,4 +89,6 @@ def _open(path: Path):
         raise ValueError(f"{path} is missing; download the folder again") from None
     except (SafetensorError, OSError, ValueError) as error:
         size = path.stat().st_size if path.exists() else 0
-        raise ValueError(f"{path} ({size} bytes) is no complete safetensors file ({error}); download it again") from None
+        raise ValueError(
+            f"{path} ({size} bytes) is no complete safetensors file ({one_line(error)}); download it again"
+        ) from None

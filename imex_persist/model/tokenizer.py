@@ -13,6 +13,7 @@ import tokenizers
 from imex_persist.model.chat import ChatTemplate
 from imex_persist.model.config import read_json
 from imex_persist.model.detokenizer import Detokenizer
+from imex_persist.model.messages import one_line
 
 MAX_TEMPLATE_BYTES = 1 << 20
 
@@ -41,7 +42,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises plain Exception
-            raise ValueError(f"{path} is no valid tokenizer ({str(error)[:200]}); download it again") from None
+            raise ValueError(f"{path} is no valid tokenizer ({one_line(error)}); download it again") from None
         settings_path = folder / "tokenizer_config.json"
         settings = read_json(settings_path) if settings_path.exists() else {}
         return cls(backend, _template_of(folder, settings), _special_tokens(settings))

@@ -21,6 +21,7 @@ from imex_persist.runtime.request import FINISH_REASONS, Request, Sink, Submissi
 
 SPIN_S = 50e-6  # first pause between two looks at an empty record ring
 PAUSE_S = 500e-6  # longest
+LEAVE_S = 2.0  # for cancelled requests to be released while closing
 SILENCE_S = 1.0  # without a record or a step: time to ask the workers whether their kernels run
 
 
@@ -49,6 +50,7 @@ class Engine:
         self._cancels: deque[Request] = deque()  # CANCEL not posted yet
         self._error: Exception | None = None
         self._closing = False
+        self._leave_by: float | None = None  # when closing stops waiting for the kernel
         self._wake = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
@@ -108,7 +110,7 @@ class Engine:
         return self._idle.wait(timeout_s)
 
     def close(self) -> None:
-        """Ends every request with "abort" and the thread. The kernel stays as it is; shutting it down is the group's business."""
+        """Ends every request with "abort", cancels them in the kernel, and ends the thread; shutting down is the group's business."""
         with self._lock:
             self._closing = True
             self._wake.set()
@@ -165,11 +167,11 @@ class Engine:
                 self._pump()
             if self._error is not None and not records:
                 return self._end_all(self._error)
-            if self._closing:
+            if self._closing and self._leave():
                 return self._end_all(None)
             if records or self._inbox:
                 pause, heard = SPIN_S, time.monotonic()
-            elif self._resident or self._queue or self._cancels:
+            elif self._resident or self._queue or self._cancels or self._closing:
                 if time.monotonic() - heard > SILENCE_S:
                     heard = time.monotonic()
                     if self._mailbox.steps == steps and self._on_silence is not None:
@@ -180,6 +182,17 @@ class Engine:
             else:
                 self._rest()
                 heard = time.monotonic()
+
+    def _leave(self) -> bool:
+        """While closing: everything resident is cancelled, since SHUTDOWN waits for free slots. True once all are, or it takes too long."""
+        if self._leave_by is None:
+            self._leave_by = time.monotonic() + LEAVE_S
+            for request in [*self._queue, *self._resident.values()]:
+                self._end(request, "abort")
+            self._queue.clear()
+            self._cancels.extend(r for r in self._resident.values() if not r.cancelled)
+            self._pump()
+        return not self._resident or time.monotonic() > self._leave_by
 
     def _rest(self) -> None:
         """Nothing to do: sleeps until another thread has something."""
@@ -208,7 +221,7 @@ class Engine:
         """Posts what can be posted: cancels first, then requests in order of arrival as long as the first of them fits."""
         while self._cancels:
             request = self._cancels[0]
-            if not request.finished and self._mailbox.cancel(request.id, request.slot) is None:
+            if request.id in self._resident and self._mailbox.cancel(request.id, request.slot) is None:
                 return
             self._cancels.popleft()
         while self._queue and self._admit(self._queue[0]):

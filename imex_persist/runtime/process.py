@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from imex_persist.runtime.control import Channel
 from imex_persist.runtime.placement import Place
 
 COMMAND = (sys.executable, "-P", "-m", "imex_persist.runtime.worker")
+KILL_S = 10.0
 
 
 class WorkerProcess:
@@ -61,11 +63,16 @@ class WorkerProcess:
         self.channel.close()
         try:
             self.process.wait(timeout_s)
-        except BaseException as error:
-            self.process.kill()
-            self.process.wait()
+        except BaseException as error:  # a second Ctrl-C too
+            self.kill()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
+
+    def kill(self) -> None:
+        """At once. A driver that is slow to let go of a process is not waited for longer than KILL_S."""
+        self.process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_S)
 
 
 def _environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ from imex_persist.runtime.process import WorkerProcess
 
 BEAT_S = 0.25
 GRACE_S = 1.5  # after the first sign of a fault, for the other kernels to return and leave their records
-SHUTDOWN_S = 5.0  # beyond the deadline, for kernels that were asked to return
+SHUTDOWN_S = 1.0  # beyond the deadline, for kernels that were asked to return
 
 
 class Watcher:
@@ -51,7 +51,7 @@ class Watcher:
         self._wake()
 
     def shut_down(self) -> None:
-        """Asks the kernels to return and waits for it, at most the deadline and SHUTDOWN_S; the thread has ended afterwards."""
+        """Asks the kernels to return and waits for it, at most the deadline, SHUTDOWN_S and GRACE_S; then the thread has ended."""
         self._shutdown = True
         self._wake()
         self._thread.join(self._deadline_s + SHUTDOWN_S + GRACE_S + 1)
@@ -108,7 +108,7 @@ class Watcher:
         self._mailbox.stop()
         limit = time.monotonic() + GRACE_S
         own_fault = cause.startswith("the kernel of")  # the fault records say it better
-        while any(w.returned is None for w in self._workers) and (left := limit - time.monotonic()) > 0:
+        while self._running() and (left := limit - time.monotonic()) > 0:
             other = self._listen(min(left, BEAT_S))
             if own_fault and other and not other.startswith("the kernel of"):
                 cause, own_fault = other, False
@@ -118,9 +118,9 @@ class Watcher:
         else:
             text = cause + (f" ({faults.explain(records)})" if records else "")
         for worker in self._workers:
-            worker.process.kill()
+            worker.process.kill()  # all of them first
         for worker in self._workers:
-            worker.process.wait()
+            worker.kill()
         with self._lock:
             self.error = FaultError(text + "; all ranks were ended, a new LLM can be made")
             callback = self._callback
@@ -128,16 +128,21 @@ class Watcher:
             callback(self.error)
 
     def _stop_in_order(self) -> None:
-        limit = time.monotonic() + self._deadline_s + SHUTDOWN_S
+        """SHUTDOWN, and if that takes too long the stop word; workers whose kernels do not return even then are killed by the group."""
         asked = False
-        while any(w.returned is None for w in self._workers) and time.monotonic() < limit:
+        limit = time.monotonic() + self._deadline_s + SHUTDOWN_S
+        while self._running() and time.monotonic() < limit:
             self._mailbox.poll()  # records nobody waits for: a full ring would keep the kernel from going on
             asked = asked or self._mailbox.shutdown() is not None
             self._listen(0.01)
-        if any(w.returned is None for w in self._workers):
-            self._mailbox.stop()
-        else:
-            self._send_all({"do": "exit"})
+        self._mailbox.stop()
+        limit = time.monotonic() + GRACE_S
+        while self._running() and time.monotonic() < limit:
+            self._listen(0.01)
+        self._send_all({"do": "exit"})
+
+    def _running(self) -> bool:
+        return any(w.returned is None for w in self._workers)
 
     def _send_all(self, message: dict) -> None:
         for worker in self._workers:

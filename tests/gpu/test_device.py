@@ -14,7 +14,6 @@ from imex_persist.errors import DeviceError
 from .bench import KERNELS, make_shape
 
 DEADLINE_US = 20_000_000
-_REGISTERED = []  # host memory must outlive its registration, which ends with the device
 
 
 def test_identity_and_machine(device):
@@ -72,7 +71,6 @@ def test_launch_echo_and_host_memory(device, num_ranks):
     num_blocks = device.machine.num_blocks // num_ranks
     shape = make_shape(num_blocks=num_blocks, smem_bytes=device.machine.shared_memory_bytes)
     host = mmap.mmap(-1, mmap.PAGESIZE)
-    _REGISTERED.append(host)
     mail = memoryview(host).cast("I")
     kernel = device.load(shape, source=KERNELS, entry="echo")
     params, told = launch_parameters(device, num_ranks, num_blocks, device.map_host(memoryview(host)))

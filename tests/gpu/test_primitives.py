@@ -15,11 +15,18 @@ THREADS = (WARPS + 2) * 32
 
 def test_bf16_pairs_exp_and_root(bench):
     rng = np.random.default_rng(1)
-    values = np.concatenate([rng.standard_normal(4000) * 10.0 ** rng.integers(-4, 2, 4000), [0.0, -0.0, 1.00390625, 1.01171875]])
+    values = np.concatenate(
+        [rng.standard_normal(4000) * 10.0 ** rng.integers(-4, 2, 4000), [0.0, -0.0, 1.00390625, 1.01171875]]
+    )
     pairs = values.astype(np.float32).reshape(-1, 2)
     pairs[:, 0] = np.minimum(np.abs(pairs[:, 0]) + 1e-6, 80.0)  # exp and root take the first of a pair
     xp, n = bench.xp, len(pairs)
-    packed, back, exps, roots = xp.zeros(n, np.uint32), xp.zeros((n, 2), np.float32), xp.zeros(n, np.float32), xp.zeros(n, np.float32)
+    packed, back, exps, roots = (
+        xp.zeros(n, np.uint32),
+        xp.zeros((n, 2), np.float32),
+        xp.zeros(n, np.float32),
+        xp.zeros(n, np.float32),
+    )
     bench.run("numbers", xp.asarray(pairs), packed, back, exps, roots, np.int32(n))
     bits = to_bf16(pairs)
     np.testing.assert_array_equal(packed.get(), bits[:, 0] | bits[:, 1].astype(np.uint32) << 16)  # the low half is the first
@@ -134,7 +141,9 @@ def test_a_word_that_never_comes_is_reported(bench):
     assert failed == 1
     assert 20_000 <= waited_us < 1_000_000
     fault = bench.fault_record()
-    told = {name: int(fault[name]) for name in ("valid", "rank", "block", "phase", "layer", "wait", "expected", "seen", "source")}
+    told = {
+        name: int(fault[name]) for name in ("valid", "rank", "block", "phase", "layer", "wait", "expected", "seen", "source")
+    }
     assert told == {
         "valid": 1, "rank": 0, "block": 3, "phase": abi.Phase.DOWN_PROJ, "layer": 5, "wait": abi.Wait.WORDS,
         "expected": 7, "seen": 5, "source": 6,

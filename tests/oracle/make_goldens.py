@@ -14,12 +14,12 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.oracle.oracle_models import LLAMA3, hf_model, torch_logits  # noqa: E402
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from imex_persist.model.config import ModelConfig  # noqa: E402
-from imex_persist.model.dummy import DummyWeights  # noqa: E402
-from imex_persist.model.locate import locate  # noqa: E402
+from imex_persist.model.config import ModelConfig
+from imex_persist.model.dummy import DummyWeights
+from imex_persist.model.locate import locate
+from tests.oracle.oracle_models import LLAMA3, hf_model, torch_logits
 
 FOLDER = Path(__file__).parents[1] / "model" / "goldens"
 BASE = {

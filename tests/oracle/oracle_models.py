@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from imex_persist.model.config import ModelConfig
 from imex_persist.model.bf16 import to_float32
+from imex_persist.model.config import ModelConfig
 from imex_persist.model.weights import DictWeights, WeightSource, tensor_shapes
 
 LLAMA3 = {

@@ -18,7 +18,8 @@ DEV void multiply(Me& me, const char* tiles) {  // [num_layers, 32, 8, 32] bf16
   Accum acc;
   accum_zero(acc);
   for (u32 t = 0; t < shape().num_layers; t++)
-    for (int w = 0; w < kConsumerWarps; w++) accum_multiply(acc, tiles + (size_t)t * kStageBytes, x, w, kConsumerWarps, 32, rows);
+    for (int w = 0; w < kConsumerWarps; w++)
+      accum_multiply(acc, tiles + (size_t)t * kStageBytes, x, w, kConsumerWarps, 32, rows);
   accum_store(acc, (float*)(shared_memory() + shape().smem_part), rows);
 }
 
@@ -56,7 +57,8 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams p) {
   Me me = who(p);
   const u32 mode = shape().only_phase;
   if (warp_index() == 0 && lane_index() == 0)
-    for (int i = 0; i < 4; i++) mbar_init((u64*)shared_memory() + i, 1), mbar_init((u64*)shared_memory() + 4 + i, kConsumerWarps);
+    for (int i = 0; i < 4; i++)
+      mbar_init((u64*)shared_memory() + i, 1), mbar_init((u64*)shared_memory() + 4 + i, kConsumerWarps);
   block_sync();
   const double began = seconds();
   const char* tiles = (const char*)me.params->qkv;

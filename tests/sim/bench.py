@@ -23,7 +23,7 @@ def run(lanes: int, mode: int, count: int, *, rows=1, blocks=1, cxx=None) -> tup
     params["num_ranks"] = 1
     tiles = device.zeros(count * 16384 * blocks if mode <= STREAM else 16)
     if mode <= STREAM:  # touch the pages
-        np.frombuffer(tiles.owner.memory, np.uint8)[:: 4096] = 1
+        np.frombuffer(tiles.owner.memory, np.uint8)[::4096] = 1
     words, result = device.zeros(8 * 4112), device.zeros(8)
     rank = params["ranks"][0]
     rank["qkv"], rank["peers"][0], rank["tap"], rank["deadline_us"] = tiles.address, words.address, result.address, 10**9
@@ -39,7 +39,11 @@ def main(cxx: str | None = None) -> None:
             seconds, _ = run(1, mode, tiles, rows=rows, cxx=cxx)
             print(f"lanes 1  rows {rows:2}  {name:16} {tiles * 16384 / seconds / 1e9:6.1f} GB/s")
     for lanes in (1, 32):
-        for mode, name, count in ((BARRIER, "consumer_sync", 20_000), (WARP_SUM, "warp_sum", 20_000), (WORDS, "store + wait word", 1_000_000)):
+        for mode, name, count in (
+            (BARRIER, "consumer_sync", 20_000),
+            (WARP_SUM, "warp_sum", 20_000),
+            (WORDS, "store + wait word", 1_000_000),
+        ):
             seconds, stats = run(lanes, mode, count, cxx=cxx)
             rate = stats["switches"] / seconds / 1e6
             print(f"lanes {lanes:2}  {name:18} {seconds / count * 1e9:8.1f} ns each, {rate:6.1f} M switches/s")

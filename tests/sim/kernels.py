@@ -16,7 +16,9 @@ WORDS = 4096  # of symmetric memory; the abort word is the last pair
 class Small:
     """One kernel, `world` ranks in one launch; `rounds` is Shape.num_layers, `case` Shape.only_phase."""
 
-    def __init__(self, name: str, lanes: int = 1, *, world=1, blocks=1, rounds=1, case=0, defines=(), deadline_us=1_000_000, **config):
+    def __init__(
+        self, name: str, lanes: int = 1, *, world=1, blocks=1, rounds=1, case=0, defines=(), deadline_us=1_000_000, **config
+    ):
         self.device = SimDevice(lanes, blocks, source=HERE / name, defines=defines, **config)
         shape = np.zeros((), abi.Shape)
         shape["num_blocks"], shape["world_size"], shape["num_layers"], shape["only_phase"] = blocks, world, rounds, case

@@ -36,8 +36,8 @@ DEV void consume(Me& me, Shared* s) {
     Accum acc;
     accum_zero(acc);
     mbar_wait(me.waiter, Wait::kTile, false, &s->full[stage], t / kRing & 1);
-    accum_multiply(acc, shared_memory() + shape().smem_ring + stage * kStageBytes, shared_memory() + shape().smem_x, warp_index(),
-                   kConsumerWarps, chunks, rows);
+    accum_multiply(acc, shared_memory() + shape().smem_ring + stage * kStageBytes, shared_memory() + shape().smem_x,
+                   warp_index(), kConsumerWarps, chunks, rows);
 #ifndef BUG_NO_WARP_SYNC
     warp_sync();
 #endif
@@ -80,7 +80,8 @@ DEV void consume(Me& me, Shared* s) {
       for (u32 r = 0; r < world; r++)
         store_words((u64*)me.params->peers[r] + shape().off_best + 2 * (me.params->rank * blocks + me.block), 0, 0, t + 1);
 #ifndef BUG_NO_CONDITION_C
-    for (u32 i = thread; i < world * blocks; i += kConsumerWarps * LANES) wait_one(me.waiter, me.words + shape().off_best + 2 * i, t + 1, i / blocks);
+    for (u32 i = thread; i < world * blocks; i += kConsumerWarps * LANES)
+      wait_one(me.waiter, me.words + shape().off_best + 2 * i, t + 1, i / blocks);
 #endif
   }
 }

@@ -64,7 +64,7 @@ class Ring:
         for buffer in (*self.memory, *self.faults, *self.results):
             self.device.upload(buffer, 0, np.full(buffer.nbytes, 0, np.uint8))
 
-    def run(self, seed: int = 0, timeout_s: float = 60) -> "Ring":
+    def run(self, seed: int = 0, timeout_s: float = 60) -> Ring:
         self.clear()
         self.device.config.seed = seed
         self.launch = self.device.launch(self.kernel, self.params)

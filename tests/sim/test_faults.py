@@ -14,7 +14,8 @@ from tests.sim.kernels import Small
 
 @pytest.mark.parametrize("lanes", [1, 32])
 def test_deadlock_names_who_waits_for_what(lanes):
-    with pytest.raises(DeviceError, match=r"deadlock.*\n.*rank 0 block 0 warp 0.*in o_proj of layer 7, waits for words of rank 1 .*epoch 5, seen 0"):
+    said = r"deadlock.*\n.*rank 0 block 0 warp 0.*in o_proj of layer 7, waits for words of rank 1 .*epoch 5, seen 0"
+    with pytest.raises(DeviceError, match=said):
         Small("stuck.cu", lanes, world=2).run()
 
 
@@ -72,7 +73,7 @@ def test_an_abort_word_ends_every_wait():
     assert launch.wait(10)
 
 
-def _rank(rank: int, handles: list, pipe, deadline_us: int, silent: bool) -> None:
+def _rank(rank: int, pipe, deadline_us: int, silent: bool) -> None:
     kernel = Small("stuck.cu", 1, world=2, case=5, processes=True, deadline_us=deadline_us)
     memory = kernel.device.symmetric(4096 * 8)
     pipe.send(kernel.device.export(memory))
@@ -93,7 +94,8 @@ def test_ranks_in_processes(silent):
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(2)]
     ranks = [
-        context.Process(target=_rank, args=(r, [], pipes[r][1], 300_000 if silent else 20_000_000, silent and r == 1), daemon=True) for r in range(2)
+        context.Process(target=_rank, args=(r, pipes[r][1], 300_000 if silent else 20_000_000, silent and r == 1), daemon=True)
+        for r in range(2)
     ]
     for process in ranks:
         process.start()

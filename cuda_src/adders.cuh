@@ -1,0 +1,37 @@
+// The adders: warps that sum what the consumer warps computed of a unit, each over its share of K, and send the result where the phase
+// wants it. Consumers never wait for an addition; with one of them adding in turn, every unit waited for the one before.
+#pragma once
+#include "phases/down_proj.cuh"
+#include "phases/gate_up.cuh"
+#include "phases/lm_head.cuh"
+#include "phases/o_proj.cuh"
+#include "phases/qkv.cuh"
+
+namespace imex {
+
+// Units go to the adders in turn; the note in the slot says which phase, layer and step the unit is of.
+DEV void add_units(Block& b, int adder) {
+  Candidates candidates;
+  clear(candidates);
+  for (u32 n = adder;; n += kAdderWarps) {
+    const int slot = n % kPartSlots;
+    mbar_wait(b.waiter, Wait::kPartial, true, &b.shared->done[slot], n / kPartSlots & 1);
+    if (b.waiter.failed) return;
+    const UnitNote note = b.shared->notes[slot];
+    if (note.unit == kUnitExit) return;
+    b.waiter.phase = note.phase;
+    b.waiter.layer = note.layer;
+    b.step = note.step;
+    switch (note.phase) {
+      case Phase::kQkv: emit_qkv(b, note.unit, slot); break;
+      case Phase::kOProj: emit_partial(b, o_exchange(), 0, note.unit, slot); break;
+      case Phase::kGateUp: emit_gate_up(b, note.unit, slot); break;
+      case Phase::kDownProj: emit_partial(b, down_exchange(), slice_of(b), note.unit, slot); break;
+      default: note.unit == kUnitEnd ? put_candidates(b, candidates, adder) : keep_best(b, candidates, note.unit, slot);
+    }
+    warp_sync();
+    if (b.lane == 0) mbar_arrive(&b.shared->free[slot]);
+  }
+}
+
+}  // namespace imex

@@ -1,0 +1,229 @@
+"""LLM and the command line on the real kernel in the simulator, with a small model of random weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from imex_persist import LLM, FaultError, SamplingParams
+from imex_persist.cli import main
+from tests.runtime.groups import all_gone, pids
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes share memory through /proc")
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "head_dim": 32,
+    "intermediate_size": 160,
+    "vocab_size": 301,
+    "max_position_embeddings": 4096,
+    "eos_token_id": 0,
+    "rms_norm_eps": 1e-5,
+}
+PROMPT = [5, 6, 7, 8]
+
+
+def greedy(**options) -> SamplingParams:
+    return SamplingParams(temperature=0, **{"max_tokens": 12, "ignore_eos": True, **options})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    with LLM(folder, load_format="dummy", device="sim", tensor_parallel_size=2, max_model_len=256, max_num_seqs=3) as made:
+        yield made
+
+
+def ids(output) -> list[int]:
+    return output.outputs[0].token_ids
+
+
+def test_generate_is_vllm_shaped(llm):
+    (output,) = llm.generate(PROMPT, greedy())
+    assert output.prompt is None and output.prompt_token_ids == PROMPT and output.finished
+    (completion,) = output.outputs
+    assert (completion.index, completion.text, completion.finish_reason, completion.logprobs) == (0, "", "length", None)
+    assert len(completion.token_ids) == 12 and all(0 <= t < 301 for t in completion.token_ids)
+    assert output.metrics.time_to_first_token > 0 and len(output.metrics.device_time_ns) == 12
+
+
+def test_company_does_not_change_the_tokens(llm):
+    prompts = [[i + 1, 2 * i + 3, 40] * (i + 1) for i in range(7)]
+    alone = [ids(llm.generate(prompt, greedy())[0]) for prompt in prompts]
+    together = [ids(output) for output in llm.generate(prompts, greedy())]
+    assert alone == together
+
+
+def test_stop_token_ids(llm):
+    tokens = ids(llm.generate(PROMPT, greedy())[0])
+    stop = tokens[5]
+    (output,) = llm.generate(PROMPT, greedy(stop_token_ids=[stop]))
+    at = tokens.index(stop)
+    assert ids(output) == tokens[: at + 1]
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", stop)
+
+
+def test_stream_is_generate_bit_by_bit(llm):
+    steps = list(llm.stream(PROMPT, greedy()))
+    assert [t for s in steps for t in s.token_ids] == ids(llm.generate(PROMPT, greedy())[0])
+    assert [s.finish_reason for s in steps] == [None] * 11 + ["length"]
+
+
+def test_dropping_a_stream_cancels(llm):
+    stream = llm.stream(PROMPT, greedy(max_tokens=200))
+    next(stream)
+    del stream
+    assert llm.engine.drain(10)
+    assert llm.engine.free_slots == 3
+
+
+def test_an_exception_while_streaming_cancels(llm):
+    with pytest.raises(RuntimeError), llm.stream(PROMPT, greedy(max_tokens=200)) as stream:
+        for _ in stream:
+            raise RuntimeError("user code")
+    assert llm.engine.drain(10)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "words"),
+    [
+        ("text", greedy(), "no tokenizer"),
+        ([301], greedy(), "0 to 300"),
+        ([], greedy(), "empty"),
+        ([[]], greedy(), "no tokens"),
+        ([1] * 256, greedy(), "at most 255"),
+        (PROMPT, SamplingParams(), "temperature"),
+        (PROMPT, greedy(stop="x"), "no tokenizer"),
+        ([PROMPT, PROMPT], [greedy()], "sampling_params"),
+    ],
+)
+def test_bad_requests_leave_running_ones_alone(llm, prompt, params, words):
+    running = llm.stream(PROMPT, greedy(max_tokens=20))
+    next(running)
+    with pytest.raises(ValueError, match=words):
+        llm.generate(prompt, params)
+    assert len([t for s in running for t in s.token_ids]) == 19
+
+
+def test_threads_may_share_an_llm(llm):
+    wanted = ids(llm.generate(PROMPT, greedy())[0])
+    got = []
+    threads = [threading.Thread(target=lambda: got.append(ids(llm.generate(PROMPT, greedy())[0]))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == [wanted] * 5
+
+
+def test_a_killed_rank_is_one_error_and_a_new_llm_works(folder):
+    options = dict(load_format="dummy", device="sim", tensor_parallel_size=2, max_model_len=2048, deadline_s=2)
+    with LLM(folder, **options) as first:
+        numbers = pids(first.group)
+        threading.Timer(0.5, os.kill, (numbers[1], signal.SIGKILL)).start()
+        with pytest.raises(FaultError, match="rank 1") as caught:
+            first.generate(PROMPT, greedy(max_tokens=2000))
+        (partial,) = caught.value.outputs
+        assert 0 < len(ids(partial)) < 2000 and not partial.finished
+        assert all_gone(numbers, 5)
+    with LLM(folder, **options) as second:
+        assert len(ids(second.generate(PROMPT, greedy())[0])) == 12
+
+
+def test_no_call_reaches_a_device_while_decoding(folder):
+    llm = LLM(folder, load_format="dummy", device="sim", tensor_parallel_size=2, max_model_len=256)
+    llm.generate([PROMPT] * 3, greedy(max_tokens=60))
+    llm.close()
+    llm.close()
+    assert [worker.returned["host_calls"] for worker in llm.group.workers] == [0, 0]
+    assert [worker.process.returncode for worker in llm.group.workers] == [0, 0]
+
+
+# -------------------------------------------------------------------------------------------------- command line
+def test_generate_json(folder, capsys):
+    command = ["generate", folder, "--load-format", "dummy", "--device", "sim", "--tp", "2", "--max-model-len", "128", "--json"]
+    code = main([*command, "--prompt-token-ids", "5,6,7,8", "--max-tokens", "4", "--ignore-eos"])
+    out, err = capsys.readouterr()
+    assert code == 0
+    result = json.loads(out)
+    assert result["prompt_token_ids"] == PROMPT and len(result["outputs"][0]["token_ids"]) == 4
+    lines = err.splitlines()
+    assert lines[:2] == ["[imex] world size: 2, rank: 0", "[imex] world size: 2, rank: 1"]
+    assert "[imex] topology: simulated" in lines and "[imex] exchange: ENABLED (in-kernel, tagged words)" in lines
+    assert re.fullmatch(r"\[imex\] kernel: resident, \d+ blocks, sim", lines[-1])
+
+
+def test_demo_ends_with_its_line(folder, capsys):
+    assert main(["demo", "--model", folder, "--load-format", "dummy", "--device", "sim", "--max-model-len", "128"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\[imex\] sim, 2 ranks, [A-Z_]+, \d+\.\d ms/token, \d+\.\d tok/s", out[-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "/nowhere", "--prompt", "x", "--device", "sim"], "/nowhere"),
+        (["generate", "MODEL"], "no prompt"),
+        (["generate", "MODEL", "--prompt", "x", "--device", "tpu"], "device is 'tpu'"),
+        (["generate", "MODEL", "--prompt", "x", "--device", "sim", "--tp", "99"], "tensor_parallel_size is 99"),
+        (["generate", "MODEL", "--prompt", "x", "--device", "sim", "--max-model-len", "9999"], "use at most 4096"),
+        (["generate", "MODEL", "--prompt", "x", "--temperature", "-1"], "temperature is -1.0"),
+        (["generate", "MODEL", "--prompt-token-ids", "1,x"], "comma-separated"),
+        (["generate", "MODEL", "--prompt-token-ids", "1", "--chat"], "--chat needs text"),
+        (["generate", "MODEL", "--prompt", "x", "--what"], "--what"),
+        (["nothing"], "nothing"),
+        ([], "COMMAND"),
+    ],
+)
+def test_bad_input_is_exit_code_2_and_one_sentence(folder, capsys, arguments, words):
+    arguments = [folder if a == "MODEL" else a for a in arguments]
+    assert main([*arguments, *(["--load-format", "dummy"] if folder in arguments else [])]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and "Traceback" not in err
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("imex-persist ")
+
+
+def test_importing_is_light():
+    code = "import sys, imex_persist; print([m for m in ('numpy', 'cupy', 'tokenizers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("delay_s", [0.3, 1.0, 2.5])
+def test_ctrl_c_ends_everything(folder, delay_s):
+    command = [sys.executable, "-m", "imex_persist", "generate", folder, "--load-format", "dummy", "--device", "sim", "--tp", "2"]
+    more = ["--prompt-token-ids", "1,2", "--max-tokens", "4000", "--max-model-len", "4096", "--ignore-eos"]
+    process = subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    time.sleep(delay_s)
+    children = _children(process.pid)
+    process.send_signal(signal.SIGINT)
+    process.wait(15)
+    err = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.returncode in (130, -signal.SIGINT), err  # the second: before main has begun
+    assert all_gone(children, 5)
+
+
+def _children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(word) for word in file.read().split()]
