@@ -11,10 +11,12 @@ DEV void raise_abort(const RankParams* params) {
   for (u32 r = 0; r < shape().world_size; r++) store_relaxed_sys(abort_word(params, r), 1);
 }
 
-// The slow path of every wait, kept short: it stands inline in each. Own rank at once, so that waits without a deadline end too.
+DEV bool aborted(const RankParams* params) { return load_relaxed_sys(abort_word(params, params->rank)); }
+
+// The slow path of a wait for words, kept short: it stands inline in each. Own rank at once, so that waits without a deadline end too.
 DEV bool give_up(const RankParams* params, Phase phase, u32 layer, Wait kind, bool idle, u32 source, u32 expected, u32 seen,
                  u64 began_ns) {
-  if (load_relaxed_sys(abort_word(params, params->rank))) return true;
+  if (aborted(params)) return true;
   const u64 waited_ns = timer_ns() - began_ns;
   if (idle || waited_ns < (u64)params->deadline_us * 1000) return false;
   ((Shared*)shared_memory())->fault = {1, (u32)phase, layer, (u32)kind, expected, seen, (u32)(waited_ns / 1000), source};

@@ -41,7 +41,7 @@ DEV const u64* value_words(const Block& b, int row, int kv_head) {
 // the table, written in an earlier step under the KV rule.
 DEV u32 find_page(const Block& b, int r, u32 number) {
   const Row& row = b.shared->rows[r];
-  for (int i = r; i >= (int)row.first_row; i--)
+  ROLLED for (int i = r; i >= (int)row.first_row; i--)
     if (b.shared->rows[i].position / shape().page_size == number) return b.shared->rows[i].page;
   return load_global((u32*)b.params->page_table + row.slot * shape().pages_per_slot + number);
 }

@@ -100,23 +100,23 @@ DEV void admit(MailboxWarp& m, const Descriptor& d) {
   slot.finish = (u32)Finish::kNone;
   slot.ticket = m.tickets++;
   fence_sys();  // the descriptor was seen: now what the host wrote before it is, too
-  for (u32 i = 0; i < slot.num_stop; i++) slot.stop[i] = load_relaxed_sys(arena_of(m) + d.arena + d.prompt_len + d.num_pages + i);
+  ROLLED for (u32 i = 0; i < slot.num_stop; i++) slot.stop[i] = load_relaxed_sys(arena_of(m) + d.arena + d.prompt_len + d.num_pages + i);
   slot.active = 1;
 }
 // Looks at the next descriptor: the poll is the read. One 64-byte line by one warp-wide load, taken if sequence and check match;
 // a line half-written is simply not taken yet. Returns the command, kNone when there is nothing; lane 0's answer counts.
 DEV Command poll_descriptor(MailboxWarp& m) {
   const u32* line = (const u32*)&m.host->descriptors[(m.next_sequence - 1) % kDescriptorSlots];
-  for (int i = m.lane; i < 16; i += LANES) m.state->line[i] = load_relaxed_sys(line + i);
+  ROLLED for (int i = m.lane; i < 16; i += LANES) m.state->line[i] = load_relaxed_sys(line + i);
   warp_sync();
   if (m.lane) return Command::kNone;
   const Descriptor& d = *(const Descriptor*)m.state->line;
   u32 check = kDescriptorMagic;
-  for (int i = 0; i < 16; i++) check ^= m.state->line[i];
+  ROLLED for (int i = 0; i < 16; i++) check ^= m.state->line[i];
   if (d.sequence != m.next_sequence || check != 0 || !has_room(m)) return Command::kNone;
   if (d.command == (u32)Command::kSubmit) admit(m, d);
   if (d.command == (u32)Command::kCancel)
-    for (u32 i = 0; i < shape().num_slots; i++) {
+    ROLLED for (u32 i = 0; i < shape().num_slots; i++) {
       SlotState& slot = m.state->slots[i];
       if (slot.active != 1 || slot.request != d.request) continue;
       slot.active = 2;
@@ -147,14 +147,14 @@ DEV u32 choose_rows(MailboxWarp& m) {
     slot.num_planned += row.samples;
     s.num_sampling += row.samples;
   };
-  for (u32 i = 0; i < shape().num_slots && count < shape().max_rows; i++) {
+  ROLLED for (u32 i = 0; i < shape().num_slots && count < shape().max_rows; i++) {
     SlotState& slot = s.slots[i];
     if (slot.active != 1 || slot.next_position < slot.prompt_len || slot.num_planned == slot.max_tokens) continue;
     add(slot, i, slot.last_step < m.done ? kKnownToken : slot.last_row);
   }
-  for (u32 ticket = 0; count < shape().max_rows;) {  // the longest-waiting prompt next
+  ROLLED for (u32 ticket = 0; count < shape().max_rows;) {  // the longest-waiting prompt next
     u32 best = ~0u;
-    for (u32 i = 0; i < shape().num_slots; i++) {
+    ROLLED for (u32 i = 0; i < shape().num_slots; i++) {
       const SlotState& slot = s.slots[i];
       if (slot.active == 1 && slot.next_position < slot.prompt_len && slot.ticket >= ticket && slot.last_step != step)
         if (best == ~0u || slot.ticket < s.slots[best].ticket) best = i;
@@ -170,7 +170,7 @@ DEV u32 choose_rows(MailboxWarp& m) {
 // All lanes fetch their rows' tokens and pages from the host, and store them to every rank.
 DEV void publish_plan(MailboxWarp& m, u32 rows, Command command) {
   const u32 step = m.published, epoch = plan_epoch(step);
-  for (u32 r = m.lane; r < shape().max_rows; r += LANES) {
+  ROLLED for (u32 r = m.lane; r < shape().max_rows; r += LANES) {
     u32 token = 0, position = 0, where = 0, page = 0;
     if (r < rows) {
       const PlannedRow& row = m.state->planned[step & 1][r];
@@ -183,14 +183,14 @@ DEV void publish_plan(MailboxWarp& m, u32 rows, Command command) {
               : row.from_row == kKnownToken ? slot.last_token
                                             : kTokenFromRow | row.from_row;
     }
-    for (u32 rank = 0; rank < shape().world_size; rank++) {
+    ROLLED for (u32 rank = 0; rank < shape().world_size; rank++) {
       u64* to = (u64*)m.params->peers[rank] + plan_offset(step) + kPlanHeaderWords + r * kPlanRowWords;
       store_words(to, token, position, epoch);
       store_words(to + 2, where, page, epoch);
     }
   }
   if (m.lane == 0)
-    for (u32 rank = 0; rank < shape().world_size; rank++)
+    ROLLED for (u32 rank = 0; rank < shape().world_size; rank++)
       store_words((u64*)m.params->peers[rank] + plan_offset(step), rows | (u32)command << 16, m.state->num_sampling, epoch);
   m.published++;
 }
@@ -198,7 +198,7 @@ DEV void publish_plan(MailboxWarp& m, u32 rows, Command command) {
 DEV void finish_step(MailboxWarp& m) {
   MailboxState& s = *m.state;
   const u32 parity = m.done & 1;
-  for (u32 r = 0; r < s.num_planned[parity]; r++) {
+  ROLLED for (u32 r = 0; r < s.num_planned[parity]; r++) {
     const PlannedRow& row = s.planned[parity][r];
     SlotState& slot = s.slots[row.slot];
     if (!row.samples || slot.active != 1) continue;
@@ -206,20 +206,20 @@ DEV void finish_step(MailboxWarp& m) {
     slot.last_token = token;
     u32 finish = (u32)Finish::kNone;
     if (slot.num_emitted >= slot.min_tokens)
-      for (u32 i = 0; i < slot.num_stop; i++)
+      ROLLED for (u32 i = 0; i < slot.num_stop; i++)
         if (slot.stop[i] == token) finish = (u32)Finish::kStop;
     if (finish == (u32)Finish::kNone && slot.num_emitted + 1 == slot.max_tokens) finish = (u32)Finish::kLength;
     write_record(m, Record::kToken, slot.request, token, slot.num_emitted++, (Finish)finish);
     if (finish != (u32)Finish::kNone) slot.active = 2, slot.finish = finish;
   }
   m.done++;
-  for (u32 i = 0; i < shape().num_slots; i++) release_if_over(m, s.slots[i]);
+  ROLLED for (u32 i = 0; i < shape().num_slots; i++) release_if_over(m, s.slots[i]);
   store_relaxed_sys(&m.host->header.steps, m.done);
 }
 
 // Whether the kernel must end without being asked in the ring: another block gave up, the host says stop, or the host is gone.
 DEV bool must_abort(MailboxWarp& m) {
-  if (load_relaxed_sys(abort_word(m.params, m.params->rank))) return true;
+  if (aborted(m.params)) return true;
   const u32 beat = load_relaxed_sys(&m.host->header.heartbeat);
   const u64 now = timer_ns();
   if (beat != m.heartbeat) m.heartbeat = beat, m.heard_ns = now;
@@ -229,7 +229,7 @@ DEV bool must_abort(MailboxWarp& m) {
 }
 
 DEV bool all_free(const MailboxWarp& m) {
-  for (u32 i = 0; i < shape().num_slots; i++)
+  ROLLED for (u32 i = 0; i < shape().num_slots; i++)
     if (m.state->slots[i].active) return false;
   return true;
 }
@@ -238,13 +238,13 @@ DEV bool all_free(const MailboxWarp& m) {
 DEV void run_mailbox(Block& b) {
   MailboxState* state = (MailboxState*)b.shared->mailbox;
   MailboxWarp m = {b.params, b.shared, state, (Mailbox*)b.params->mailbox, b.lane, 1, 1, 0, 0, 0, 0, 0, timer_ns()};
-  for (u32 i = b.lane; i < kMaxSlots; i += LANES) state->slots[i].active = 0;
-  for (u32 i = b.lane; i < 2; i += LANES) state->num_planned[i] = 0;
+  ROLLED for (u32 i = b.lane; i < kMaxSlots; i += LANES) state->slots[i].active = 0;
+  ROLLED for (u32 i = b.lane; i < 2; i += LANES) state->num_planned[i] = 0;
   warp_sync();
   if (m.lane == 0) store_release_sys(&m.host->header.resident, 1);
   constexpr u32 kAbort = ~0u;
   bool leaving = false;
-  for (u32 idle_polls = 1;; idle_polls++) {
+  ROLLED for (u32 idle_polls = 1;; idle_polls++) {
     u32 rows = 0, news = 0;
     if (m.lane == 0 && m.done < m.published && mbar_test(&b.shared->step_end[m.done & 1], m.done >> 1 & 1)) {
       finish_step(m);

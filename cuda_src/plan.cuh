@@ -15,7 +15,7 @@ DEV bool begin_step(Block& b) {
   b.waiter.phase = Phase::kEmbed;
   b.waiter.layer = 0;
   Shared& s = *b.shared;
-  for (u32 pair = b.thread; pair < plan_width() / 2; pair += kConsumerThreads) {
+  ROLLED for (u32 pair = b.thread; pair < plan_width() / 2; pair += kConsumerThreads) {
     u32 words[1][2];
     const u64* from = own_words(b, plan_offset(b.step) + 2 * pair);
     wait_words<1>(
@@ -30,7 +30,7 @@ DEV bool begin_step(Block& b) {
     s.num_sampling = s.plan[1];
   }
   const int rows = s.plan[0] & 0xffff;
-  for (int r = b.thread; r < rows; r += kConsumerThreads) {
+  ROLLED for (int r = b.thread; r < rows; r += kConsumerThreads) {
     const u32* words = s.plan + kPlanHeaderWords + r * kPlanRowWords;
     Row& row = s.rows[r];
     row.token = words[0] & kTokenFromRow ? s.tokens[(b.step & 1) ^ 1][words[0] & 0xff] : words[0];
@@ -45,7 +45,7 @@ DEV bool begin_step(Block& b) {
       store_global((u32*)b.params->page_table + row.slot * shape().pages_per_slot + row.position / shape().page_size, row.page);
   }
   const int turns = shape().head_dim / 2;
-  for (int i = b.thread; i < rows * turns; i += kConsumerThreads) {
+  ROLLED for (int i = b.thread; i < rows * turns; i += kConsumerThreads) {
     const u32 position = s.plan[kPlanHeaderWords + i / turns * kPlanRowWords + 1];
     rope_rows(b)[i] = load_const((const float2*)b.params->rope + (u64)position * turns + i % turns);
   }

@@ -85,14 +85,16 @@ DEV u32* claim_counter(const Block& b, u32 layer, u32 which) {
 }
 
 // ---------------------------------------------------------------------------------------------- consumers
+DEV void wait_full(Block& b) {
+  u64* full = &b.shared->full[b.ring.stage];
+  if (shape().trace && mbar_test(full, b.ring.parity)) return;  // a wait is timed only if its first poll fails
+  const u32 began = shape().trace ? clock_low() : 0;
+  mbar_wait(b.waiter, Wait::kTile, false, full, b.ring.parity);
+  if (shape().trace) b.tile_clocks += clock_low() - began;
+}
 // Waits for the stage at the cursor; returns what it holds.
 DEV int wait_stage(Block& b) {
-  u64* full = &b.shared->full[b.ring.stage];
-  if (!shape().trace || !mbar_test(full, b.ring.parity)) {  // a wait is timed only if its first poll fails
-    const u32 began = shape().trace ? clock_low() : 0;
-    mbar_wait(b.waiter, Wait::kTile, false, full, b.ring.parity);
-    if (shape().trace) b.tile_clocks += clock_low() - began;
-  }
+  wait_full(b);
   return b.shared->unit[b.ring.stage];
 }
 DEV void release_stage(Block& b) {
@@ -128,26 +130,24 @@ DEV void hand_over_mark(Block& b, int mark) {  // to each adder
   for (int i = 0; i < kAdderWarps; i++) hand_over(b, mark, [](int) {});
 }
 
-// Multiplies the activations (K wide) with every unit the producer sends until its mark, and hands the sums to the adders, which
-// send the results off while these warps go on: no barrier of the block, and nobody waits for anybody's addition.
-DEV void multiply_units(Block& b, int k) {
-  const int chunks = k / 32, rows = num_rows(b), tiles = divide_up(k, kTileK);
-  const char* x = activations(b);
+// Multiplies the activations with every unit the producer sends until its mark, and hands the sums to the adders, which send the
+// results off while these warps go on: no barrier of the block, and nobody waits for anybody's addition.
+template <Phase kPhase>
+DEV void multiply_units(Block& b) {
+  const int rows = num_rows(b), tiles = divide_up(matrix_k(kPhase), kTileK);
+  Operand<kPhase> operand;
+  operand_load(operand, activations(b), b.warp, rows);
   while (!b.waiter.failed) {
     Accum acc;
     accum_zero(acc);
     int unit = kUnitEnd;
-    for (int t = 0; t < tiles; t++) {
-      unit = wait_stage(b);
+    UNROLL for (int t = 0; t < tiles; t++) {
+      wait_full(b);
       if (b.waiter.failed) return;
-      if (unit == kUnitEnd) break;
-      const int first = t * (kTileK / 32), count = smaller(kTileK / 32, chunks - first);
-      accum_multiply(acc, ring_stage(b, b.ring.stage), x + activation_offset(0, t * kTileK), b.warp, kConsumerWarps, count, rows);
+      accum_multiply(acc, ring_stage(b, b.ring.stage), operand, t, b.warp, rows);  // of a mark too, for nothing: it saves a round
+      unit = b.shared->unit[b.ring.stage];
       release_stage(b);
-    }
-    if (unit == kUnitEnd) {
-      release_stage(b);
-      return;
+      if (unit == kUnitEnd) return;
     }
     hand_over(b, unit, [&](int slot) { accum_store(acc, partial_sums(b, slot, b.warp), rows); });
   }

@@ -1,6 +1,6 @@
 """The bare decode loop: the CPU writes one 64-byte descriptor and reads 32-byte records. There is nothing else between tokens.
 
-    python examples/01_decode_loop.py [MODEL] [DEVICE]        (default: smollm2 auto)
+Run: python examples/01_decode_loop.py [MODEL] [DEVICE]        (default: smollm2 auto)
 """
 
 import sys
@@ -31,7 +31,9 @@ def main(name: str = "smollm2", device: str = "auto") -> None:
         sequence = mailbox.submit(
             request=1, slot=0, prompt=prompt, pages=pages, stop=model.eos_token_ids, max_tokens=MAX_TOKENS
         )
-        print(f"-> descriptor {sequence}: SUBMIT, {len(prompt)} prompt tokens, {len(pages)} KV page(s), up to {MAX_TOKENS} tokens")
+        print(
+            f"-> descriptor {sequence}: SUBMIT, {len(prompt)} prompt tokens, {len(pages)} KV page(s), up to {MAX_TOKENS} tokens"
+        )
 
         # The records. RELEASE says that slot, pages and arena may be used again.
         released = False

@@ -1,6 +1,6 @@
 """Generation with the calls that everyone knows: several prompts at once, then one streamed.
 
-    python examples/02_generate.py [MODEL] [DEVICE]        (default: smollm2 auto)
+Run: python examples/02_generate.py [MODEL] [DEVICE]        (default: smollm2 auto)
 """
 
 import sys

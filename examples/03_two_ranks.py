@@ -1,6 +1,6 @@
 """Tensor parallelism: two ranks hold half the model each and add their partial sums inside the kernel. One rank says the same.
 
-    python examples/03_two_ranks.py [MODEL] [DEVICE]        (default: smollm2 auto; cuda:0 puts both ranks on one GPU)
+Run: python examples/03_two_ranks.py [MODEL] [DEVICE]        (default: smollm2 auto; cuda:0 puts both ranks on one GPU)
 """
 
 import sys

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
-from imex_persist import __version__
-from imex_persist.errors import ImexError
+import imex_persist
+from imex_persist.errors import DeviceError, ImexError
 
 EXIT_DONE, EXIT_FAULT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 DEMO_QUESTION = "What is the capital of France?"
@@ -24,7 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(error.code or 0)
     try:
         return args.run(args) or EXIT_DONE
-    except ValueError as error:
+    except (
+        ValueError,
+        DeviceError,
+    ) as error:  # DeviceError: a machine that cannot do what was asked, found before anything ran
         return _fail(error, EXIT_BAD_INPUT)
     except ImexError as error:
         return _fail(error, EXIT_FAULT)
@@ -40,12 +44,21 @@ def _fail(error: Exception, code: int) -> int:
     return code
 
 
+def _import_engine() -> None:
+    """Imports what is heavy with Ctrl-C held back: Python's import machinery swallows an interrupt at some moments."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        imex_persist.LLM, imex_persist.SamplingParams  # noqa: B018
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
 # -------------------------------------------------------------------------------------------------- arguments
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="imex-persist", description="LLM decoding in one persistent kernel per GPU.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"imex-persist {__version__}")
+    parser.add_argument("--version", action="version", version=f"imex-persist {imex_persist.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_demo(commands)
@@ -81,9 +94,7 @@ def _add_engine_options(command: argparse.ArgumentParser, *, tensor_parallel_siz
 
 
 def _engine(args: argparse.Namespace, model: str):
-    from imex_persist.llm import LLM
-
-    return LLM(
+    return imex_persist.LLM(
         model,
         tensor_parallel_size=args.tensor_parallel_size,
         device=args.device,
@@ -116,9 +127,8 @@ def _add_generate(commands) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from imex_persist.sampling_params import SamplingParams
-
-    params = SamplingParams(
+    _import_engine()
+    params = imex_persist.SamplingParams(
         temperature=args.temperature,
         max_tokens=args.max_tokens,
         min_tokens=args.min_tokens,
@@ -192,12 +202,12 @@ def _add_demo(commands) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    _import_engine()
     from imex_persist.runtime.startup import decode_strategy
-    from imex_persist.sampling_params import SamplingParams
 
     args.device = _demo_device(args)
     with _engine(args, args.model) as llm:
-        params = SamplingParams(temperature=0.0, max_tokens=DEMO_TOKENS)
+        params = imex_persist.SamplingParams(temperature=0.0, max_tokens=DEMO_TOKENS)
         tokenizer = llm.model.tokenizer
         if tokenizer is not None and tokenizer.chat_template is not None:
             stream = llm.stream_chat([{"role": "user", "content": args.prompt}], params)

@@ -12,6 +12,7 @@ typedef unsigned long long u64;
 #define KERNEL extern "C" __global__ void __launch_bounds__(imex::kThreads, 1)
 #define GRID_CONSTANT __grid_constant__
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")  // off the token path: short code is worth more
 
 namespace imex {
 
@@ -21,6 +22,12 @@ constexpr int kThreads = kNumWarps * LANES;
 // ---------------------------------------------------------------------------------------------- who am I
 // The sizes this kernel was built for: compile-time constants here, fields of a struct in the simulator.
 DEV constexpr Shape shape() { return Shape IMEX_SHAPE; }
+// K of the matrix that a phase multiplies with: one block's part of it, padded to 32.
+DEV constexpr int matrix_k(Phase phase) {
+  return phase == Phase::kOProj      ? shape().num_heads * shape().head_dim
+         : phase == Phase::kDownProj ? shape().intermediate_size / shape().down_slices
+                                     : shape().hidden_size;
+}
 DEV int grid_block() { return blockIdx.x; }  // counts the blocks of every rank of this launch
 DEV int warp_index() { return threadIdx.x / LANES; }
 DEV int lane_index() { return threadIdx.x % LANES; }
@@ -109,9 +116,7 @@ struct Waiter {
 // A call with plain numbers, so that no Waiter needs an address and the fast path keeps everything in registers.
 DEV bool give_up(const RankParams* params, Phase phase, u32 layer, Wait kind, bool idle, u32 source, u32 expected, u32 seen,
                  u64 began_ns);
-DEV bool gave_up(Waiter& w, Wait kind, bool idle, u32 source, u32 expected, u32 seen, u64 began_ns) {
-  return w.failed = give_up(w.params, w.phase, w.layer, kind, idle, source, expected, seen, began_ns);
-}
+DEV bool aborted(const RankParams* params);  // has anybody given up?
 DEV u64 timer_ns() {
   u64 t;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
@@ -123,13 +128,6 @@ DEV u32 clock_low() {
   return t;
 }
 constexpr u32 kPollsPerCheck = 256;  // the abort word and the clock are looked at this seldom, off the fast path
-#define IMEX_SPIN(waiter, ready, over)                          \
-  u32 polls_ = 0;                                               \
-  for (u64 began_ = 0; !(ready) && !(waiter).failed;) {         \
-    if (++polls_ % kPollsPerCheck) continue;                    \
-    if (!began_) began_ = timer_ns();                           \
-    if (over) break;                                            \
-  }
 
 // Waits until the words at address(0) .. address(count - 1) and their right neighbours all carry `epoch`; payloads in `out`.
 // All loads of a poll are in flight together. count <= N; source(i) names the rank that owes word i.
@@ -144,13 +142,16 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
       if ((u32)(word[i][0] >> 32) == epoch && (u32)(word[i][1] >> 32) == epoch) missing_pairs &= ~(1u << i);
     return missing_pairs == 0;
   };
-  u32 from = 0, seen = 0;
-  auto missing = [&] {  // the tag of the first word that is not there yet, and who owes it
-    UNROLL for (int i = N - 1; i >= 0; i--) UNROLL for (int j = 1; j >= 0; j--)
-      if (missing_pairs >> i & 1 && (u32)(word[i][j] >> 32) != epoch) from = source(i), seen = (u32)(word[i][j] >> 32);
-    return true;
-  };
-  IMEX_SPIN(w, ready(), missing() && gave_up(w, kind, idle, from, epoch, seen, began_));
+  u64 began_ns = 0;
+  for (u32 polls = 0; !ready() && !w.failed;) {
+    if (++polls % kPollsPerCheck) continue;
+    if (!began_ns) began_ns = timer_ns();
+    const int first = __ffs(missing_pairs) - 1;  // for the record: whose word it is, and what is there instead
+    u64 there[2];
+    load_words(address(first), there[0], there[1]);
+    const u32 tag = (u32)(there[0] >> 32);
+    w.failed = give_up(w.params, w.phase, w.layer, kind, idle, source(first), epoch, tag == epoch ? (u32)(there[1] >> 32) : tag, began_ns);
+  }
   UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < 2; j++) out[i][j] = i < count ? (u32)word[i][j] : 0;
 }
 DEV void mailbox_pause(u32 idle_polls) {  // between two looks at the descriptor ring; sleeps only after about 1 ms without news
@@ -203,8 +204,11 @@ DEV bool mbar_test(u64* bar, u32 parity) {  // has the phase of this parity comp
       : "memory");
   return done;
 }
-DEV void mbar_wait(Waiter& w, Wait kind, bool idle, u64* bar, u32 parity) {
-  IMEX_SPIN(w, mbar_test(bar, parity), gave_up(w, kind, idle, w.params->rank, parity, parity ^ 1, began_));
+DEV void mbar_wait(Waiter& w, Wait, bool, u64* bar, u32 parity) {
+  // No deadline of its own: what a block's warps and copies wait for from each other comes, unless another block's word does not,
+  // and for that somebody's deadline passes. So a look at the abort word bounds this wait as well.
+  for (u32 polls = 0; !mbar_test(bar, parity) && !w.failed;)
+    if (++polls % kPollsPerCheck == 0) w.failed = aborted(w.params);
 }
 // Waits for copies that are certain to end, whatever has failed: nothing may land in shared memory after the block has gone.
 DEV void mbar_drain(u64* bar, u32 parity) {
@@ -252,6 +256,44 @@ DEV void accum_multiply(Accum& acc, const char* tile, const char* x, int first, 
     const uint4 high = kRows <= 8 ? zero : (row + 8 < rows ? a[(c * kRows + row + 8) * 4] : zero);
     mma_bf16(acc.c[2 * j % 4], low.x, high.x, low.y, high.y, b.x, b.y);
     mma_bf16(acc.c[2 * j % 4 + 1], low.z, high.z, low.w, high.w, b.z, b.w);
+  }
+}
+// A warp's share of the activations a phase multiplies with. Every unit needs the same, so they stay in registers where they fit:
+// reading them again for each tile would double the traffic of shared memory.
+template <Phase kPhase>
+struct Operand {
+  static constexpr int kPerTile = kTileK / 32 / kConsumerWarps, kTiles = (matrix_k(kPhase) + kTileK - 1) / kTileK;
+  static constexpr bool kHeld = kTiles * kPerTile <= 16 && shape().max_rows <= 8;
+  const char* memory;
+  uint4 x[kHeld ? kTiles * kPerTile : 1];
+};
+template <Phase kPhase>
+DEV void operand_load(Operand<kPhase>& operand, const char* x, int warp, int rows) {
+  using Held = Operand<kPhase>;
+  constexpr int kRows = shape().max_rows;
+  operand.memory = x;
+  const int row = lane_index() / 4, quarter = lane_index() % 4;
+  if (!Held::kHeld) return;
+  UNROLL for (int i = 0; i < Held::kTiles * Held::kPerTile; i++) {
+    const int c = i / Held::kPerTile * (kTileK / 32) + i % Held::kPerTile * kConsumerWarps + warp;
+    operand.x[i] = {0, 0, 0, 0};
+    if (c < matrix_k(kPhase) / 32 && (kRows == 1 || row < rows)) operand.x[i] = ((const uint4*)x)[(c * kRows + (kRows == 1 ? 0 : row)) * 4 + quarter];
+  }
+}
+// Adds tile number `t` of a unit (a constant after unrolling) x the activations, this warp's chunks of it.
+template <Phase kPhase>
+DEV void accum_multiply(Accum& acc, const char* tile, const Operand<kPhase>& operand, int t, int warp, int rows) {
+  using Held = Operand<kPhase>;
+  constexpr int kChunks = matrix_k(kPhase) / 32;
+  const int first = t * (kTileK / 32), count = kChunks - first < kTileK / 32 ? kChunks - first : kTileK / 32;
+  if (!Held::kHeld) return accum_multiply(acc, tile, operand.memory + first * 64 * (int)shape().max_rows, warp, kConsumerWarps, count, rows);
+  const uint4* w = (const uint4*)tile + lane_index();
+  UNROLL for (int j = 0; j < Held::kPerTile; j++) {
+    const int c = warp + j * kConsumerWarps;
+    if (j * kConsumerWarps + kConsumerWarps > count && c >= count) continue;  // only a unit's last tile is short
+    const uint4 b = w[c * 32], a = operand.x[Held::kHeld ? t * Held::kPerTile + j : 0];
+    mma_bf16(acc.c[2 * j % 4], a.x, 0, a.y, 0, b.x, b.y);
+    mma_bf16(acc.c[2 * j % 4 + 1], a.z, 0, a.w, 0, b.z, b.w);
   }
 }
 // part: float [max_rows, 8] in shared memory.

@@ -33,7 +33,7 @@ DEV int num_splits(u32 position) { return divide_up(position / shape().page_size
 // Item number `index` of the step; false when there is none.
 DEV bool find_item(const Block& b, int index, Item& item) {
   const int groups = shape().num_kv_heads * head_blocks();
-  for (int row = 0; row < num_rows(b); row++) {
+  ROLLED for (int row = 0; row < num_rows(b); row++) {
     const u32 position = b.shared->rows[row].position;
     const int splits = num_splits(position), items = groups * splits;
     if (index >= items) {

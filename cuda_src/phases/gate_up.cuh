@@ -39,7 +39,7 @@ DEV bool gate_up(Block& b) {
   mark(b, Mark::kInput);
   normalize(b);
   mark(b, Mark::kReady);
-  multiply_units(b, shape().hidden_size);
+  multiply_units<Phase::kGateUp>(b);
   mark(b, Mark::kEnd, take_tile_clocks(b));
   return true;
 }

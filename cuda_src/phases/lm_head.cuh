@@ -66,7 +66,7 @@ DEV bool lm_head(Block& b) {
   if (sampling) {
     normalize(b);
     mark(b, Mark::kReady);
-    multiply_units(b, shape().hidden_size);
+    multiply_units<Phase::kLmHead>(b);
     hand_over_mark(b, kUnitEnd);
     mbar_wait(b.waiter, Wait::kPartial, false, &b.shared->candidates_ready, b.num_lm_heads++ & 1);
   }

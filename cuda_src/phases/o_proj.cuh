@@ -8,7 +8,7 @@ namespace imex {
 
 DEV void stream_o_proj(Block& b, Producer& p) {
   if (!runs(Phase::kOProj)) return;
-  const int k = shape().num_heads * shape().head_dim, units = shape().hidden_size / kUnitRows;
+  const int k = matrix_k(Phase::kOProj), units = shape().hidden_size / kUnitRows;
   const char* matrix = (const char*)b.params->o_proj + (u64)b.waiter.layer * shape().hidden_size * k * 2;
   push_units(b, p, matrix, k, {claim_counter(b, b.waiter.layer, 1), b.step / 2, units, b.index, (int)shape().num_blocks});
 }
@@ -29,10 +29,10 @@ DEV bool o_proj(Block& b) {
   b.waiter.phase = Phase::kOProj;
   mark(b, Mark::kBegin);
   const u32 epoch = layer_epoch(b.step, b.waiter.layer);
-  const int k = shape().num_heads * shape().head_dim;
+  const int k = matrix_k(Phase::kOProj);
   if (!gather_activations(b, epoch, own_words(b, shape().off_attn), k / 2, k / 2)) return false;
   mark(b, Mark::kReady);
-  multiply_units(b, k);
+  multiply_units<Phase::kOProj>(b);
   mark(b, Mark::kEnd, take_tile_clocks(b));
   return true;
 }

@@ -43,7 +43,7 @@ DEV bool qkv(Block& b) {
   mark(b, Mark::kInput);
   normalize(b);
   mark(b, Mark::kReady);
-  multiply_units(b, shape().hidden_size);
+  multiply_units<Phase::kQkv>(b);
   mark(b, Mark::kEnd, take_tile_clocks(b));
   return true;
 }

@@ -226,12 +226,15 @@ inline void collective(void* mine, All all) {
 
 inline void put_word(u64* p, u64 value) {
   point();
+  tsan_word_stored(p);
   if (machine.weak) return delay_words(p, value, 0, 1);
   __atomic_store_n(p, value, __ATOMIC_RELAXED);
   if (machine.parked[bucket_of(p)]) wake_pair(p);
 }
 inline void put_words(u64* p, u64 first, u64 second) {
   point();
+  tsan_word_stored(p);
+  tsan_word_stored(p + 1);
   if (machine.weak) return delay_words(p, first, second, 2);
   __atomic_store_n(p, first, __ATOMIC_RELAXED);
   __atomic_store_n(p + 1, second, __ATOMIC_RELAXED);

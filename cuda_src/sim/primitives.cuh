@@ -9,6 +9,7 @@
 #define KERNEL extern "C" void
 #define GRID_CONSTANT
 #define UNROLL
+#define ROLLED
 
 struct alignas(8) float2 {
   float x, y;
@@ -31,6 +32,11 @@ namespace imex {
 
 // ---------------------------------------------------------------------------------------------- who am I
 DEV const Shape& shape() { return sim::machine.shape; }
+DEV int matrix_k(Phase phase) {  // of the matrix that a phase multiplies with: one block's part of it, padded to 32
+  return phase == Phase::kOProj      ? shape().num_heads * shape().head_dim
+         : phase == Phase::kDownProj ? shape().intermediate_size / shape().down_slices
+                                     : shape().hidden_size;
+}
 DEV int grid_block() { return (int)sim::machine.current->block->index; }
 DEV int warp_index() { return (int)sim::machine.current->thread / LANES; }
 DEV int lane_index() { return LANES == 1 ? 0 : (int)sim::machine.current->lane; }
@@ -170,8 +176,7 @@ DEV_CALL bool park_once(Waiter& w, sim::Park how, sim::WaitNote& note) {
     note.deadline_ns = note.idle ? ~0ull : note.began_ns + w.params->deadline_us * 1000ull;
   }
   if (!sim::park_wait(how, note)) return false;
-  w.failed =
-      give_up(w.params, w.phase, w.layer, note.kind, note.idle, note.source, note.expected, note.seen, note.began_ns);
+  w.failed = give_up(w.params, w.phase, w.layer, note.kind, note.idle, note.source, note.expected, note.seen, note.began_ns);
   if (w.failed) return true;
   if (!note.idle) note.deadline_ns = timer_ns() + 1'000'000;  // it knows better: do not ask again at once
   return false;
@@ -195,6 +200,8 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
   sim::point();
   while ((note.address = missing()) && !w.failed)
     if (park_once(w, sim::Park::kWord, note)) break;
+  if (sim::kTsan)
+    for (int i = 0; i < 2 * count; i++) sim::tsan_word_awaited(address(i / 2) + i % 2);
   for (int i = 0; i < N; i++)
     for (int j = 0; j < 2; j++) out[i][j] = i < count ? (u32)word[i][j] : 0;
 }
@@ -279,3 +286,20 @@ DEV void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
 #else
 #include "tensor_lanes.cuh"
 #endif
+
+namespace imex {
+// The activations a phase multiplies with; a GPU keeps a warp's share in registers.
+template <Phase kPhase>
+struct Operand {
+  const char* memory;
+};
+template <Phase kPhase>
+DEV void operand_load(Operand<kPhase>& operand, const char* x, int, int) {
+  operand.memory = x;
+}
+template <Phase kPhase>
+DEV void accum_multiply(Accum& acc, const char* tile, const Operand<kPhase>& operand, int t, int warp, int rows) {
+  const int first = t * (kTileK / 32), left = matrix_k(kPhase) / 32 - first, count = left < kTileK / 32 ? left : kTileK / 32;
+  accum_multiply(acc, tile, operand.memory + first * 64 * (int)shape().max_rows, warp, kConsumerWarps, count, rows);
+}
+}  // namespace imex

@@ -1,6 +1,8 @@
 // What ThreadSanitizer is told (g++ only, hostcc.build(tsan=True)): fibers are threads, and only these order memory between them: barriers,
-// mbarriers, warp_sync, pairs of gpu fences, bulk copies with their mbarrier. Shuffles and words do not. The kernel is instrumented, the
-// simulator is not. It finds the missing ordering that no schedule happens to show.
+// mbarriers, warp_sync, pairs of gpu fences, bulk copies with their mbarrier, and words: who has waited for one comes after what its
+// writer did before. That is more than a relaxed word promises; what needs a fence beside it is for the weak-memory schedules to
+// find, or for the define SIM_TSAN_STRICT, under which words order nothing. Shuffles never do.
+// The kernel is instrumented, the simulator is not. It finds the missing ordering that no schedule happens to show.
 #pragma once
 
 #include <stddef.h>
@@ -30,6 +32,13 @@ inline void tsan_destroy(void* fiber) { __tsan_destroy_fiber(fiber); }
 inline void tsan_switch(void* fiber) { __tsan_switch_to_fiber(fiber, 1); }  // 1: being switched to orders nothing
 inline void tsan_acquire(const void* key) { __tsan_acquire((void*)key); }
 inline void tsan_release(const void* key) { __tsan_release((void*)key); }
+#ifdef SIM_TSAN_STRICT
+inline void tsan_word_stored(u64*) {}
+inline void tsan_word_awaited(const u64*) {}
+#else
+inline void tsan_word_stored(u64* p) { __tsan_release(p); }
+inline void tsan_word_awaited(const u64* p) { __tsan_acquire((void*)p); }
+#endif
 inline void tsan_read(const void* p, size_t bytes) { __tsan_read_range((void*)p, bytes); }
 inline void tsan_write(void* p, size_t bytes) { __tsan_write_range(p, bytes); }
 inline void tsan_ignore(bool on) {
@@ -44,6 +53,8 @@ inline void tsan_destroy(void*) {}
 inline void tsan_switch(void*) {}
 inline void tsan_acquire(const void*) {}
 inline void tsan_release(const void*) {}
+inline void tsan_word_stored(u64*) {}
+inline void tsan_word_awaited(const u64*) {}
 inline void tsan_read(const void*, size_t) {}
 inline void tsan_write(void*, size_t) {}
 inline void tsan_ignore(bool) {}

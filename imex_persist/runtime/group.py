@@ -6,14 +6,17 @@ becomes one exception, and the whole group ends with it.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import select
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from imex_persist import errors
+from imex_persist.log import log
 from imex_persist.planner import Machine
 from imex_persist.runtime import capacity, faults, shared
 from imex_persist.runtime.control import Closed
@@ -26,6 +29,7 @@ from imex_persist.runtime.watch import Watcher
 STEP_S = {"open": 120.0, "build": 900.0, "load": 3600.0}  # how long a step may take; the others STEP_DEFAULT_S
 STEP_DEFAULT_S = 60.0
 RESIDENT_S = 30.0  # beyond the deadline, for the kernel to say that it polls
+SLOW_S = 1.0  # after which a step says what it does
 END_S = 3.0  # for a worker to end by itself
 
 Progress = Callable[[int, int, int], None]  # rank, bytes so far, bytes in all
@@ -75,7 +79,8 @@ class Group:
 
     def _launch(self, shape: np.void, model: dict, max_model_len: int, progress: Progress | None) -> Mailbox:
         fields = {"shape": capacity.to_fields(shape)}
-        self._step("build", lambda w: fields, workers=self.workers[:1])  # one compiles, the others find it in the cache
+        with _slowly("building the kernel; the next start finds it in the cache"):
+            self._step("build", lambda w: fields, workers=self.workers[:1])  # one compiles, the others find it
         self._step("build", lambda w: fields, workers=self.workers[1:])
         loaded = self._step("load", lambda w: {"model": model}, progress=progress)
         handles = {rank: handle for reply in loaded for rank, handle in reply["handles"].items()}
@@ -132,9 +137,7 @@ class Group:
             )[0]
             if not ready:
                 names = ", ".join(w.title for w in waiting)
-                raise errors.DeviceError(
-                    f"{names} did not finish the step '{name}' in {STEP_S.get(name, STEP_DEFAULT_S):.0f} s"
-                )
+                raise errors.FaultError(f"{names} did not finish the step '{name}' in {STEP_S.get(name, STEP_DEFAULT_S):.0f} s")
             for worker in waiting:
                 if worker in ready or worker.channel in ready:
                     self._take(worker, name, replies, progress)
@@ -145,7 +148,7 @@ class Group:
             message = worker.channel.receive(0.0)
         except Closed:
             how = worker.how_it_ended()
-            raise errors.DeviceError(
+            raise errors.FaultError(
                 f"the process of {worker.title} {how} during the step '{name}'; its own words are on stderr"
             ) from None
         if message is None:
@@ -194,6 +197,18 @@ class Group:
             else:
                 shared.discard(self._mailbox_fd)
             self._faults.close()
+
+
+@contextlib.contextmanager
+def _slowly(text: str) -> Iterator[None]:
+    """Logs `text` if what is inside takes longer than a moment."""
+    timer = threading.Timer(SLOW_S, log, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def rebuild_error(fields: dict) -> Exception:

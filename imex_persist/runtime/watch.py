@@ -15,7 +15,7 @@ from imex_persist.runtime.mailbox import Mailbox
 from imex_persist.runtime.process import WorkerProcess
 
 BEAT_S = 0.25
-GRACE_S = 1.5  # after the first sign of a fault, for the other kernels to return and leave their records
+GRACE_S = 1.0  # after the first sign of a fault, for the other kernels to return and leave their records
 SHUTDOWN_S = 1.0  # beyond the deadline, for kernels that were asked to return
 
 
@@ -139,7 +139,21 @@ class Watcher:
         limit = time.monotonic() + GRACE_S
         while self._running() and time.monotonic() < limit:
             self._listen(0.01)
+        if not self._running():
+            self._send_all({"do": "disconnect"})
+            self._await_all("disconnect")
         self._send_all({"do": "exit"})
+
+    def _await_all(self, step: str) -> None:
+        """Waits for everybody's answer, at most GRACE_S; a worker that has no good one is ended all the same."""
+        limit = time.monotonic() + GRACE_S
+        for worker in self._workers:
+            try:
+                while (message := worker.channel.receive(max(0.0, limit - time.monotonic()))) is not None:
+                    if message.get("did") == step or "error" in message:
+                        break
+            except (Closed, ValueError):
+                pass
 
     def _running(self) -> bool:
         return any(w.returned is None for w in self._workers)

@@ -1,9 +1,9 @@
 """A worker process: the ranks of one machine. `python -m imex_persist.runtime.worker`, started by group.py and by nobody else.
 
 It talks JSON lines over an inherited socket: the parent sends {"do": step, …}, the worker answers {"did": step, …} or {"error": …}.
-Steps, in order: open, build, load, connect, write_marks, read_marks, launch; then, on request, probe; at the end, exit. The parent sends a
-step when all workers have answered the one before, which makes every step a barrier. While the kernel is resident the worker only reads
-shared memory and its socket: no call reaches the device.
+Steps, in order: open, build, load, connect, write_marks, read_marks, launch; then, on request, probe; at the end, disconnect and exit.
+The parent sends a step when all workers have answered the one before, which makes every step a barrier. While the kernel is resident
+the worker only reads shared memory and its socket: no call reaches the device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import queue
 import socket
 import sys
 import threading
+import time
 
 from imex_persist.errors import ImexError
 from imex_persist.planner import Machine
@@ -26,14 +27,16 @@ from imex_persist.runtime.rank import RankMemory, launch_params
 from imex_persist.runtime.shared import SharedBlock
 
 WATCH_S = 0.05  # how often shared memory is looked at while the kernel is resident
-GRACE_S = 3.0  # beyond the deadline, for a kernel that was told to stop
+STOP_S = 1.0  # for a kernel to return once it knows that it must: after a fault or the stop word
+GRACE_S = 3.0  # beyond the deadline, for this process to end
 
 
 class Worker:
     """One method a step. Everything runs in the main thread but the socket's reader."""
 
-    def __init__(self, channel: Channel):
+    def __init__(self, channel: Channel, parent: int):
         self.channel = channel
+        self.parent = parent  # process id
         self.inbox: queue.SimpleQueue[dict | None] = queue.SimpleQueue()  # None: the parent is gone
         self.device = None
         self.memory: dict[int, RankMemory] = {}
@@ -110,6 +113,13 @@ class Worker:
             self._collect()
         return {}
 
+    def disconnect(self, m: dict) -> dict:
+        """Unmaps the peers' memory. All workers do before any frees its own: to free what a peer still maps is undefined in CUDA."""
+        close_peers = getattr(self.device, "close_peers", None)
+        if close_peers is not None:
+            close_peers()
+        return {}
+
     STEPS = {
         "open": open,
         "build": build,
@@ -119,6 +129,7 @@ class Worker:
         "read_marks": read_marks,
         "launch": start,
         "probe": probe,
+        "disconnect": disconnect,
     }
 
     # ---------------------------------------------------------------------------------------- life
@@ -128,8 +139,7 @@ class Worker:
             try:
                 message = self.inbox.get(timeout=WATCH_S if self.launch and not self.returned else None)
             except queue.Empty:
-                if self._ended():
-                    self._collect()
+                self._look()
                 continue
             if message is None or message["do"] == "exit":
                 return self._leave(message is None)
@@ -157,16 +167,29 @@ class Worker:
         except Closed:
             pass
 
+    def _look(self) -> None:
+        """What a resident worker does every WATCH_S: shared memory only."""
+        if os.getppid() != self.parent:
+            self.orphaned()
+        elif self._ended():
+            self._collect()
+        elif 0 in self.ranks:
+            self.mailbox.beat(time.monotonic_ns() >> 20)  # the parent does so too; suspended (Ctrl-Z), it may not
+
     def _ended(self) -> bool:
         """Whether shared memory says that the kernels return: no call into the device."""
-        return self.mailbox.resident == 2 or self.mailbox.stopped or bool(faults.read_faults(self.faults.view, self.world_size))
+        return self.mailbox.resident == 2 or self.mailbox.stopped or self._faults()
+
+    def _faults(self) -> bool:
+        return bool(faults.read_faults(self.faults.view, self.world_size))
 
     def _collect(self) -> None:
         """Waits for the kernel's return, at most the deadline and a little more, and tells the parent."""
         self.returned = True
+        patience_s = STOP_S if self.mailbox.stopped or self._faults() else self.deadline_s + STOP_S
         calls = self.device.host_calls - self.calls_before  # the decode loop's: none, unless the parent asked for probes
         try:
-            ended, problem = self.launch.wait(self.deadline_s + GRACE_S), None
+            ended, problem = self.launch.wait(patience_s), None
         except ImexError as error:
             ended, problem = True, str(error)
         self._tell({"event": "returned", "ended": ended, "problem": problem, "host_calls": calls})
@@ -207,7 +230,7 @@ def main() -> int:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
     args = parser.parse_args()
-    worker = Worker(Channel(socket.socket(fileno=args.fd)))
+    worker = Worker(Channel(socket.socket(fileno=args.fd)), args.parent)
     follow_parent(args.parent, worker.orphaned)
     return worker.run()
 

@@ -15,7 +15,7 @@ from tests.gpu.bench import KERNELS, make_shape
 from .disassembly import basic_blocks, nvdisasm
 from .shapes import CASES, MACHINES
 
-THREADS = (abi.CONSUMER_WARPS + 2) * 32
+THREADS = abi.NUM_WARPS * 32
 REGISTER_FILE = 65536
 UNROLLED = 4  # matrix instructions in a row, at least, where a tile is multiplied: fewer means a branch inside the loop
 

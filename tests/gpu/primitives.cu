@@ -4,6 +4,15 @@
 
 using namespace imex;
 
+// The head of shared memory is struct Shared, where a wait that gives up leaves its note; tests use what follows.
+DEV char* scratch() { return shared_memory() + kSharedHeaderBytes; }
+DEV Waiter waiter_of(const RankParams* params, u32 layer, Phase phase) {
+  Waiter w{};
+  w.params = params;
+  w.layer = layer;
+  w.phase = phase;
+  return w;
+}
 DEV int thread_index() { return warp_index() * LANES + lane_index(); }
 DEV void copy_in(char* shared, const char* global, int bytes) {
   for (int i = thread_index(); i < bytes / 4; i += kThreads) ((u32*)shared)[i] = ((const u32*)global)[i];
@@ -48,7 +57,7 @@ KERNEL atomics(u32* counter, u32* flag, u32* tickets, u32* firsts) {
 // ---------------------------------------------------------------------------------------------- tensor cores
 // tile: bf16 [chunks, 8, 32]; x: bf16 [chunks, max_rows, 32]; part: float [consumer warps, max_rows, 8], set before
 KERNEL accumulate(const char* tile, const char* x, float* part, int chunks, int rows) {
-  char* memory = shared_memory();
+  char* memory = scratch();
   char* activation = memory + chunks * 512;
   const int values = kConsumerWarps * shape().max_rows * kUnitRows;
   float* sums = (float*)(activation + chunks * shape().max_rows * 64);
@@ -71,7 +80,7 @@ KERNEL accumulate(const char* tile, const char* x, float* part, int chunks, int 
 KERNEL attend(const char* q, const char* chunks, float* merge, int heads, int count, int valid, int workers, float scale) {
   const int q_bytes = shape().head_dim * heads * 2, chunk_bytes = shape().head_dim * kChunk * 4;
   const int stride = heads * (shape().head_dim + 2);
-  char* memory = shared_memory();
+  char* memory = scratch();
   float* merged = (float*)(memory + count * chunk_bytes + q_bytes);
   copy_in(memory, chunks, count * chunk_bytes);
   copy_in(memory + count * chunk_bytes, q, q_bytes);
@@ -94,7 +103,7 @@ DEV u32 payload_of(u32 round, u32 index) { return round * 2654435761u ^ index * 
 
 // Two blocks play ping-pong: there, back: u64 [128]. Each lane owns four words: a pair stored together, and two stored singly.
 KERNEL words(const RankParams* params, u64* there, u64* back, u32* errors, int rounds) {
-  Waiter w = {params, (u32)grid_block(), 0, Phase::kQkv, false};
+  Waiter w = waiter_of(params, 0, Phase::kQkv);
   if (warp_index() != 0) return;
   const int lane = lane_index(), first = grid_block() == 0;
   u64* mine = first ? there : back;
@@ -102,12 +111,14 @@ KERNEL words(const RankParams* params, u64* there, u64* back, u32* errors, int r
   for (u32 round = 1; round <= (u32)rounds && !w.failed; round++) {
     u32 got[2][2];
     if (!first)
-      wait_words<2>(w, Wait::kWords, false, round, 2, [&](int i) { return other + 2 * lane + 64 * i; }, [](int) { return 0u; }, got);
+      wait_words<2>(
+          w, Wait::kWords, false, round, 2, [&](int i) { return other + 2 * lane + 64 * i; }, [](int) { return 0u; }, got);
     store_words(mine + 2 * lane, payload_of(round, 2 * lane), payload_of(round, 2 * lane + 1), round);
     store_word(mine + 2 * lane + 64, payload_of(round, 2 * lane + 64), round);
     store_word(mine + 2 * lane + 65, payload_of(round, 2 * lane + 65), round);
     if (first)
-      wait_words<2>(w, Wait::kWords, false, round, 2, [&](int i) { return other + 2 * lane + 64 * i; }, [](int) { return 0u; }, got);
+      wait_words<2>(
+          w, Wait::kWords, false, round, 2, [&](int i) { return other + 2 * lane + 64 * i; }, [](int) { return 0u; }, got);
     for (int i = 0; i < 2; i++)
       for (int j = 0; j < 2; j++)
         if (!w.failed && got[i][j] != payload_of(round, 2 * lane + 64 * i + j)) atomic_add_gpu(errors, 1);
@@ -119,10 +130,16 @@ KERNEL words(const RankParams* params, u64* there, u64* back, u32* errors, int r
 // Waits for words [0, 1] with `epoch`; result: {failed, payload, payload, microseconds}
 KERNEL wait_for(const RankParams* params, const u64* words, u32* result, u32 epoch) {
   if (thread_index() != 0) return;
-  Waiter w = {params, 3, 5, Phase::kDownProj, false};
+  Block b{};
+  b.params = params;
+  b.shared = (Shared*)shared_memory();
+  b.shared->fault.set = 0;
+  b.index = 3;
+  Waiter w = waiter_of(params, 5, Phase::kDownProj);
   u32 got[1][2];
   const u64 began = timer_ns();
   wait_words<1>(w, Wait::kWords, false, epoch, 1, [&](int) { return words; }, [](int) { return 6u; }, got);
+  report_fault(b);
   result[0] = w.failed;
   result[1] = got[0][0];
   result[2] = got[0][1];
@@ -133,10 +150,10 @@ KERNEL wait_for(const RankParams* params, const u64* words, u32* result, u32 epo
 // tiles: u32 [count, 4096], the last one `last_bytes` long; sums: u32 [consumer warps]. A ring of `kStages` as the kernel has it.
 KERNEL ring(const RankParams* params, const char* tiles, u32* sums, int count, u32 last_bytes) {
   constexpr int kStages = 4;
-  u64* full = (u64*)shared_memory();
+  u64* full = (u64*)scratch();
   u64* empty = full + kStages;
-  char* stages = shared_memory() + 1024;
-  Waiter w = {params, 0, 0, Phase::kQkv, false};
+  char* stages = scratch() + 1024;
+  Waiter w = waiter_of(params, 0, Phase::kQkv);
   if (thread_index() == 0) {
     for (int i = 0; i < kStages; i++) mbar_init(full + i, 1), mbar_init(empty + i, kConsumerWarps);
     mbar_init_done();
@@ -171,9 +188,9 @@ KERNEL ring(const RankParams* params, const char* tiles, u32* sums, int count, u
 // The KV rule: block 0 writes a page with plain stores, block 1 reads it with a bulk copy; words carry the news both ways.
 // page: u32 [4096]; words: u64 [2, 2], 16-byte aligned
 KERNEL kv_rule(const RankParams* params, u32* page, u64* news, u32* errors, int rounds) {
-  u64* full = (u64*)shared_memory();
-  char* stage = shared_memory() + 1024;
-  Waiter w = {params, (u32)grid_block(), 0, Phase::kAttention, false};
+  u64* full = (u64*)scratch();
+  char* stage = scratch() + 1024;
+  Waiter w = waiter_of(params, 0, Phase::kAttention);
   if (thread_index() == 0) mbar_init(full, 1), mbar_init_done();
   block_sync();
   for (u32 round = 1; round <= (u32)rounds; round++) {
@@ -241,5 +258,6 @@ KERNEL push(const GRID_CONSTANT LaunchParams launch) {
   const RankParams& me = launch.ranks[0];
   if (grid_block() != 0) return;
   u64* to = (u64*)me.peers[me.rank ^ 1];
-  for (int i = thread_index(); i < 1024; i += kThreads) store_words(to + 2 * i, payload_of(me.rank, 2 * i), payload_of(me.rank, 2 * i + 1), 9);
+  for (int i = thread_index(); i < 1024; i += kThreads)
+    store_words(to + 2 * i, payload_of(me.rank, 2 * i), payload_of(me.rank, 2 * i + 1), 9);
 }

@@ -10,7 +10,7 @@ from imex_persist import abi
 from .bench import from_bf16, to_bf16
 
 WARPS = abi.CONSUMER_WARPS
-THREADS = (WARPS + 2) * 32
+THREADS = abi.NUM_WARPS * 32
 
 
 def test_bf16_pairs_exp_and_root(bench):
@@ -37,8 +37,8 @@ def test_bf16_pairs_exp_and_root(bench):
 
 def test_warp_sum_and_maximum_reach_every_lane(bench):
     rng = np.random.default_rng(2)
-    values = rng.standard_normal((WARPS + 2, 32)).astype(np.float32)
-    keys = rng.integers(0, 1 << 63, (WARPS + 2, 32), np.uint64) * 2 + 1
+    values = rng.standard_normal((abi.NUM_WARPS, 32)).astype(np.float32)
+    keys = rng.integers(0, 1 << 63, (abi.NUM_WARPS, 32), np.uint64) * 2 + 1
     xp = bench.xp
     sums, maxima, tops = xp.zeros_like(xp.asarray(values)), xp.zeros_like(xp.asarray(values)), xp.zeros_like(xp.asarray(keys))
     bench.run("warps", xp.asarray(values), xp.asarray(keys), sums, maxima, tops)

@@ -10,7 +10,7 @@ import numpy as np
 from imex_persist import abi, planner
 from imex_persist.model.packing import embed_is_lm_head, load_rank, rank_bytes, rope_positions
 from imex_persist.runtime.rank import RankMemory, launch_params
-from imex_persist.tap import tap_floats
+from imex_persist.tap import tap_floats, tap_view
 
 HOST_BYTES = abi.Mailbox.itemsize + 4 * 65536  # mailbox and arena
 FAULT_BYTES = 4096
@@ -38,7 +38,7 @@ class KernelRun:
     """All ranks of `shape` on `device`, weights loaded from `source`."""
 
     def __init__(self, device, config, source, shape):
-        self.device, self.config, self.shape = device, config, shape
+        self.device, self.config, self.source, self.shape = device, config, source, shape
         self.world = int(shape["world_size"])
         self.ranks = [RankMemory(device, shape, r) for r in range(self.world)]
         for rank in self.ranks:
@@ -79,7 +79,7 @@ class KernelRun:
 
     # ------------------------------------------------------------------ the whole model, by descriptors written beforehand
     def decode(self, requests: list[dict]) -> list[list[int]]:
-        """Tokens of each request {prompt, max_tokens, stop=()}: all descriptors are written, then the kernel runs and returns."""
+        """Tokens of each request {prompt, max_tokens, min_tokens=0, stop=()}: all descriptors are written, then the kernel runs and returns."""
         mailbox = self.host[: abi.Mailbox.itemsize].view(abi.Mailbox)[0]
         arena = self.host[abi.Mailbox.itemsize :].view(np.uint32)
         page, at, next_page = int(self.shape["page_size"]), 0, 0
@@ -92,7 +92,7 @@ class KernelRun:
             arena[at : at + len(body)] = body
             self._descriptor(
                 mailbox, i + 1, abi.Command.SUBMIT, request=i, slot=i, arena=at, prompt_len=len(prompt), num_pages=num_pages,
-                num_stop=len(stop), max_tokens=request["max_tokens"],
+                num_stop=len(stop), max_tokens=request["max_tokens"], min_tokens=request.get("min_tokens", 0),
             )  # fmt: skip
             at += len(body)
         self._descriptor(mailbox, len(requests) + 1, abi.Command.SHUTDOWN)
@@ -142,3 +142,7 @@ class KernelRun:
 
     def max_position(self) -> int:
         return rope_positions(self.shape)
+
+    def tap_of(self, rank: int, phase: abi.Phase, layer: int = 0) -> np.ndarray:
+        """float32 [max_rows, width]: one phase's output in a rank's tap."""
+        return tap_view(self.tap(rank), self.shape, phase, layer)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from tests.runtime.fake_kernel import FakeKernel
 
 from imex_persist.runtime.engine import Engine
 from imex_persist.runtime.mailbox import ArenaLayout, Mailbox
 from imex_persist.runtime.shared import SharedBlock
+from tests.runtime.fake_kernel import FakeKernel
 
 PAGE = 32
 

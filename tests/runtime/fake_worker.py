@@ -27,7 +27,7 @@ WHERE = int(_rank or -1)
 
 class FakeLaunch:
     def __init__(self, shape, params):
-        self.host = [p for p in params["ranks"][: int(params["num_ranks"])]]
+        self.host = list(params["ranks"][: int(params["num_ranks"])])
         self.mine = WHERE in [int(p["rank"]) for p in self.host]
         self.kernel = None
         first = self.host[0]

@@ -214,7 +214,7 @@ def test_tokens_in_the_ring_come_before_the_error(make_engine):
 
 
 def test_closing_aborts_what_runs(make_engine):
-    engine, kernel = make_engine(num_slots=1, step_s=0.005)
+    engine, _kernel = make_engine(num_slots=1, step_s=0.005)
     running, waiting = (engine.submit(Submission((i,), max_tokens=200)) for i in (1, 2))
     running.events.get(timeout=5)
     engine.close()

@@ -147,6 +147,20 @@ def test_a_killed_rank_is_one_error_and_a_new_llm_works(folder):
         assert len(ids(second.generate(PROMPT, greedy())[0])) == 12
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_rank_is_found_by_the_deadline(folder, victim):
+    with LLM(folder, load_format="dummy", device="sim", tensor_parallel_size=2, max_model_len=2048, deadline_s=1) as llm:
+        numbers = pids(llm.group)
+        stream = llm.stream(PROMPT, greedy(max_tokens=2000))
+        next(stream)
+        os.kill(numbers[victim], signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(FaultError, match=f"rank {victim} stopped answering: rank {1 - victim}, block "):
+            list(stream)
+        assert time.monotonic() - start < 1 + 3
+        assert all_gone(numbers, 3)
+
+
 def test_no_call_reaches_a_device_while_decoding(folder):
     llm = LLM(folder, load_format="dummy", device="sim", tensor_parallel_size=2, max_model_len=256)
     llm.generate([PROMPT] * 3, greedy(max_tokens=60))
@@ -211,7 +225,19 @@ def test_importing_is_light():
 
 @pytest.mark.parametrize("delay_s", [0.3, 1.0, 2.5])
 def test_ctrl_c_ends_everything(folder, delay_s):
-    command = [sys.executable, "-m", "imex_persist", "generate", folder, "--load-format", "dummy", "--device", "sim", "--tp", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "imex_persist",
+        "generate",
+        folder,
+        "--load-format",
+        "dummy",
+        "--device",
+        "sim",
+        "--tp",
+        "2",
+    ]
     more = ["--prompt-token-ids", "1,2", "--max-tokens", "4000", "--max-model-len", "4096", "--ignore-eos"]
     process = subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     time.sleep(delay_s)

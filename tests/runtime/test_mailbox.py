@@ -8,11 +8,11 @@ import time
 
 import numpy as np
 import pytest
-from tests.runtime.fake_kernel import token_of
 
 from imex_persist import abi
 from imex_persist.runtime.mailbox import ArenaLayout, Mailbox
 from imex_persist.runtime.shared import SharedBlock
+from tests.runtime.fake_kernel import token_of
 
 
 def test_a_descriptor_is_what_the_kernel_reads(make_box):

@@ -1,0 +1,236 @@
+"""Whole models through the mailbox: the tokens of several requests at once against the reference's, and what must not change a bit.
+
+A request's bits may depend on the model, the number of ranks and of down_proj's slices, and on nothing else: not on the schedule,
+the company, how sums cross ranks, or the size of the grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from imex_persist.abi import Finish, Phase, Strategy
+from imex_persist.model.dummy import DummyWeights
+from imex_persist.model.weights import DictWeights, tensor_shapes
+
+from .whole import (
+    MODELS,
+    NUM_MODELS,
+    check_greedy,
+    lm_head_claims,
+    logit_limit,
+    prompt_of,
+    reference_logits,
+    run_whole,
+    same_bits,
+)
+
+EVERY_MODEL = pytest.mark.parametrize("index", range(NUM_MODELS))
+SOME_MODELS = pytest.mark.parametrize("index", range(0, NUM_MODELS, 2))
+WEAK = {"mode": "random", "delay": True, "stalls": True}  # a memory model and a schedule as hostile as a GPU's, or more
+
+
+def requests_of(case) -> list[dict]:
+    """As many requests as there are slots, with prompts shorter and longer than a step."""
+    rng = np.random.default_rng(case.seed)
+    rows = case.options["max_rows"]
+    lengths = [int(rng.integers(1, 2 * rows + 6)) for _ in range(case.options["num_slots"])]
+    return [{"prompt": prompt_of(case, n, i), "max_tokens": int(rng.integers(1, 12))} for i, n in enumerate(lengths)]
+
+
+@EVERY_MODEL
+def test_tokens(make_device, index):
+    requests = requests_of(MODELS[index])
+    run = run_whole(make_device, MODELS[index], requests)
+    assert run.finishes == [Finish.LENGTH] * len(requests)
+    assert [len(tokens) for tokens in run.tokens] == [r["max_tokens"] for r in requests]
+    assert check_greedy(run) <= 1  # the margins of these models are rarely so small
+
+
+@SOME_MODELS
+def test_stop_tokens(make_device, index):
+    """The end token is the last one handed out; what the kernel had begun by then is dropped, and min_tokens puts it off."""
+    case = MODELS[index]
+    requests = [r | {"max_tokens": 8} for r in requests_of(case)]
+    free = run_whole(make_device, case, requests).tokens
+    ends = [2 + i for i in range(len(requests))]  # the token at which each is to end, if it has not come before
+    stopped = [r | {"stop": (case.config.vocab_size, free[i][ends[i]])} for i, r in enumerate(requests)]
+    run = run_whole(make_device, case, stopped)
+    assert run.tokens == [tokens[: tokens.index(tokens[end]) + 1] for tokens, end in zip(free, ends, strict=True)]
+    assert run.finishes == [Finish.STOP] * len(requests)
+    late = run_whole(make_device, case, [r | {"min_tokens": 7} for r in stopped])
+    assert late.tokens == free
+    assert late.finishes == [
+        Finish.STOP if tokens[7] == tokens[end] else Finish.LENGTH for tokens, end in zip(free, ends, strict=True)
+    ]
+
+
+@SOME_MODELS
+def test_logits(make_device, index):
+    """The full logits of a request's last step."""
+    case = MODELS[index]
+    prompt = prompt_of(case, 2 * case.options["max_rows"] + 3)
+    run = run_whole(make_device, case, [{"prompt": prompt, "max_tokens": 5}], tap=True)
+    expected = reference_logits(run, 0)[-1]
+    error = np.abs(run.logits()[0] - expected).max()
+    assert error <= logit_limit(expected), f"{error} of {logit_limit(expected)}"
+    assert run.tokens[0][-1] == run.logits()[0].argmax()
+
+
+def test_long_context(make_device):
+    """A prompt whose last positions attend to runs that are merged, over several pages, chunk after chunk."""
+    case = replace(MODELS[4], num_blocks=4)
+    case = replace(case, options=case.options | {"max_rows": 16, "world_size": 2})
+    run = run_whole(make_device, case, [{"prompt": prompt_of(case, 270), "max_tokens": 3}], tap=True)
+    assert run.shape["max_splits"] > 1
+    assert run.words(0, "off_split", int(run.shape["off_attn"] - run.shape["off_split"])).any()
+    check_greedy(run)
+    expected = reference_logits(run, 0)[-1]
+    assert np.abs(run.logits()[0] - expected).max() <= logit_limit(expected)
+
+
+# ------------------------------------------------------------------------------------------------ not a bit
+@SOME_MODELS
+def test_same_run_twice(make_device, index):
+    """Also under another schedule: late stores and copies, halves of words, blocks that stand still."""
+    case = MODELS[index]
+    one = [{"prompt": prompt_of(case, case.options["max_rows"] + 2), "max_tokens": 6}]
+    first = run_whole(make_device, case, one, tap=True)
+    for seed in range(2):
+        again = run_whole(make_device, case, one, tap=True, device_options=WEAK | {"seed": seed})
+        same_bits(first, again, f"seed {seed}")
+
+
+@EVERY_MODEL
+def test_tokens_under_any_schedule(make_device, index):
+    """Several requests: when each is admitted depends on the schedule, their tokens do not, and their keys and values neither."""
+    case = MODELS[index]
+    requests = requests_of(case)
+    first = run_whole(make_device, case, requests)
+    again = run_whole(make_device, case, requests, device_options=WEAK | {"seed": index})
+    assert again.tokens == first.tokens
+    for rank, (a, b) in enumerate(zip(first.pages(), again.pages(), strict=True)):
+        np.testing.assert_array_equal(a, b, f"KV pages of rank {rank}")
+
+
+def company(case, length: int) -> list[dict]:
+    """Two requests that share all steps but the first: the second is admitted while the first's one-step prompt is computed."""
+    return [
+        {"prompt": prompt_of(case, 1, 7), "max_tokens": length + 1},
+        {"prompt": prompt_of(case, 1, 8), "max_tokens": length},
+    ]
+
+
+@SOME_MODELS
+def test_alone_and_in_company(make_device, index):
+    """Token for token, and in the last step bit for bit."""
+    case = MODELS[index]
+    if case.options["num_slots"] < 2:
+        case = replace(case, options=case.options | {"max_rows": 2, "num_slots": 2, "one_shot_rows": 1})
+    together = run_whole(make_device, case, company(case, 6), tap=True)
+    for i, request in enumerate(company(case, 6)):
+        alone = run_whole(make_device, case, [request], tap=True)
+        assert alone.tokens[0] == together.tokens[i]
+        row = next((r for r in range(2) if np.array_equal(alone.logits()[0], together.logits()[r])), None)
+        assert row is not None, "the logits of the last step differ"
+    requests = requests_of(case)
+    together = run_whole(make_device, case, requests)
+    for i, request in enumerate(requests):
+        assert run_whole(make_device, case, [request]).tokens[0] == together.tokens[i]
+
+
+@SOME_MODELS
+def test_strategies_agree(make_device, index):
+    """Sums are added in one order whoever adds them."""
+    case = MODELS[index]
+    case = replace(case, options=case.options | {"world_size": max(2, case.options["world_size"])})
+    one = [{"prompt": prompt_of(case, case.options["max_rows"] + 1), "max_tokens": 4}]
+    rows = case.options["max_rows"]
+    ways = [(Strategy.ONE_SHOT_LOCAL, rows), (Strategy.ONE_SHOT_LOCAL, 0), (Strategy.TWO_SHOT, 0), (Strategy.TWO_SHOT, rows // 2)]
+    runs = [run_whole(make_device, case, one, tap=True, strategy=way, one_shot_rows=most) for way, most in ways]
+    for run, way in zip(runs[1:], ways[1:], strict=True):
+        same_bits(runs[0], run, f"{way}")
+
+
+@SOME_MODELS
+def test_grids_agree(make_device, index):
+    """Blocks share the work; below 257 positions they do not change how a sum is cut."""
+    case = MODELS[index]
+    one = [{"prompt": prompt_of(case, case.options["max_rows"] + 1), "max_tokens": 4}]
+    least = case.options["down_slices"]
+    runs = [run_whole(make_device, replace(case, num_blocks=n), one, tap=True) for n in (least, least + 1, 8)]
+    for run in runs[1:]:
+        same_bits(runs[0], run, f"{int(run.shape['num_blocks'])} blocks")
+
+
+@EVERY_MODEL
+def test_ranks_agree(make_device, index):
+    """What all ranks hold, they hold bit for bit: plans, tokens, the residual, the words of every exchange."""
+    case = MODELS[index]
+    if case.options["world_size"] == 1:
+        case = replace(case, options=case.options | {"world_size": 2})
+    run = run_whole(make_device, case, requests_of(case), tap=True)
+    size = {name: int(run.shape[name]) for name in run.shape.dtype.names}
+    wide, rows = size["hidden_size"], size["max_rows"]
+    shared = {"off_plan": 2 * (2 + 4 * rows), "off_best": size["world_size"] * size["num_blocks"] * rows * 2}
+    shared |= {"off_o_sum": rows * wide // 2, "off_down_sum": rows * wide // 2}  # left unused in ONE_SHOT
+    if size["strategy"] != Strategy.TWO_SHOT:  # else only a slice's owner has its partial sums
+        sources = size["world_size"] * rows * wide
+        shared |= {"off_o_part": sources, "off_down_part": sources * size["down_slices"]}
+    for field, count in shared.items():
+        words = [run.words(rank, field, count) for rank in range(size["world_size"])]
+        for other in words[1:]:
+            np.testing.assert_array_equal(other, words[0], field)
+    for other in run.taps(Phase.EMBED)[1:]:
+        np.testing.assert_array_equal(other, run.taps(Phase.EMBED)[0])
+
+
+# ------------------------------------------------------------------------------------------------ the LM head
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_steps_that_sample_nothing_skip_the_lm_head(make_device, world_size):
+    """A prompt of five steps needs one set of logits: claims on the LM head's units are counted."""
+    case = MODELS[0]
+    case = replace(case, options=case.options | {"max_rows": 4, "one_shot_rows": 2, "world_size": world_size})
+    run = run_whole(make_device, case, [{"prompt": prompt_of(case, 19), "max_tokens": 1}])
+    assert lm_head_claims(run) == 1
+    run = run_whole(make_device, case, [{"prompt": prompt_of(case, 17), "max_tokens": 4}])
+    assert lm_head_claims(run) == 4
+    check_greedy(run)
+
+
+def weights_with(case, **changes: np.ndarray) -> DictWeights:
+    """The case's random weights with some tensors replaced (dots in names are double underscores)."""
+    source = DummyWeights(case.config, case.seed)
+    tensors = {name: source.read(name) for name in tensor_shapes(case.config)}
+    return DictWeights(tensors | {name.replace("__", "."): value.astype(np.float32) for name, value in changes.items()})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("vocab_size", [10, 61])
+def test_ties_and_padding(make_device, world_size, vocab_size):
+    """Ids that pad the vocabulary have a logit of zero, and ranks may have nothing else: they are never sampled, not even where all
+    others are negative; of equal logits the lowest id wins.
+    """
+    config = replace(MODELS[0].config, vocab_size=vocab_size, tie_word_embeddings=False)
+    case = replace(MODELS[0], config=config, options=MODELS[0].options | {"world_size": world_size})
+    hidden = config.hidden_size
+    # every embedding has one large value that no layer outweighs, and every row of the LM head looks at it alone
+    spike = np.zeros((vocab_size, hidden))
+    spike[:, 5] = 100
+    head = np.zeros((vocab_size, hidden))
+    for sign, favourite in ((-1, 7), (1, 3)):
+        head[:, 5] = sign
+        run = run_whole(
+            make_device, case, [{"prompt": [1, 2, 3], "max_tokens": 3}],
+            source=weights_with(case, model__embed_tokens__weight=spike, lm_head__weight=head),
+        )  # fmt: skip
+        assert run.tokens == [[0, 0, 0]], "all are equal: the lowest id wins"
+        better = head.copy()
+        better[[favourite, vocab_size - 2], 5] = sign + 0.5
+        run = run_whole(
+            make_device, case, [{"prompt": [1, 2, 3], "max_tokens": 3}],
+            source=weights_with(case, model__embed_tokens__weight=spike, lm_head__weight=better),
+        )  # fmt: skip
+        assert run.tokens == [[favourite] * 3]
