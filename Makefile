@@ -62,7 +62,7 @@ test-oracle: $(VENV)/.oracle
 
 test-gpu:
 	@$(PYTHON) -c 'import pytest, numpy, ml_dtypes' || { echo "$(PYTHON) lacks a package that the GPU tests need (its own words are above): pip install '.[dev,cuda13]', or name another PYTHON" >&2; exit 1; }
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests
+	$(PYTHON) -m pytest -p no:cacheprovider tests/gpu $(wildcard tests/multi_gpu)
 
 # ---------------------------------------------------------------------------------------------------- keeping tidy
 lint: $(VENV)/.dev

@@ -112,6 +112,24 @@ DEV bool runs(Phase phase) { return shape().only_phase == 0 || shape().only_phas
 DEV u32 first_layer() { return shape().only_phase ? shape().only_layer : 0; }
 DEV u32 end_layer() { return shape().only_phase ? shape().only_layer + 1 : shape().num_layers; }
 
+// The matrix phases in order: qkv, o_proj, gate_up, down_proj of every layer, then the LM head. Consumers and producer walk them in
+// loops with one copy of the code, since what does not fit the instruction cache is waited for at every phase.
+DEV void next_matrix(Waiter& at) {
+  if (at.phase == Phase::kDownProj) {
+    at.layer++;
+    at.phase = Phase::kQkv;
+    if (at.layer == end_layer()) at.phase = Phase::kLmHead, at.layer = shape().num_layers;
+  } else {
+    at.phase = at.phase == Phase::kQkv ? Phase::kOProj : at.phase == Phase::kOProj ? Phase::kGateUp : Phase::kDownProj;
+  }
+}
+// K of a phase's matrix: one block's part of it, a multiple of 32.
+DEV int matrix_k(Phase phase) {
+  if (phase == Phase::kOProj) return shape().num_heads * shape().head_dim;
+  if (phase == Phase::kDownProj) return shape().intermediate_size / shape().down_slices;
+  return shape().hidden_size;
+}
+
 DEV u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 DEV u32 larger(u32 a, u32 b) { return a > b ? a : b; }
 DEV u32 divide_up(u32 a, u32 b) { return (a + b - 1) / b; }

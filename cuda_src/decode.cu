@@ -15,15 +15,44 @@
 
 namespace imex {
 
+// What the matrix phase at b.waiter multiplies with: the residual, after the exchange that completes it, through RMSNorm; or another
+// phase's words. False when the block must leave.
+DEV bool prepare(Block& b, bool multiplies) {
+  const Phase phase = b.waiter.phase;
+  const u32 epoch = layer_epoch(b.step, b.waiter.layer);
+  if (phase == Phase::kOProj || phase == Phase::kDownProj) {
+    const int count = matrix_k(phase) / 2;  // words of this block's part, two values each
+    const bool down = phase == Phase::kDownProj;
+    const u32 words = down ? shape().off_gate + slice_of(b) * count : shape().off_attn;
+    return gather_activations(b, epoch, own_words(b, words), down ? shape().intermediate_size / 2 : count, count);
+  }
+  const bool gate = phase == Phase::kGateUp;
+  if (gate || b.waiter.layer > 0)  // layer 0 starts from what `embed` left
+    if (!receive(b, gate ? o_exchange() : down_exchange(), gate ? epoch : epoch - 1)) return false;
+  mark(b, Mark::kInput);
+  if (multiplies) normalize(b);
+  return true;
+}
+
 // One step; false when the block must leave.
 DEV bool decode_step(Block& b) {
   if (!embed(b)) return false;
-  for (b.waiter.layer = first_layer(); b.waiter.layer < end_layer(); b.waiter.layer++) {
-    if (!qkv(b) || !attention(b) || !o_proj(b) || !gate_up(b)) return false;
-    append_kv(b);
-    if (!down_proj(b)) return false;
+  b.waiter.layer = first_layer();
+  ROLLED for (b.waiter.phase = Phase::kQkv;; next_matrix(b.waiter)) {
+    const Phase phase = b.waiter.phase;
+    if (runs(phase)) {
+      const bool multiplies = phase != Phase::kLmHead || b.shared->num_sampling;
+      mark(b, Mark::kBegin);
+      if (!prepare(b, multiplies)) return false;
+      mark(b, Mark::kReady);
+      if (multiplies) multiply_units(b, matrix_k(phase));
+      mark(b, Mark::kEnd, take_tile_clocks(b));
+    }
+    if (phase == Phase::kQkv && !attention(b)) return false;
+    if (phase == Phase::kGateUp) append_kv(b);
+    if (phase == Phase::kLmHead) break;
   }
-  return lm_head(b) && sample(b);
+  return (!runs(Phase::kLmHead) || publish_best(b)) && sample(b);
 }
 
 DEV void consume(Block& b) {
@@ -39,30 +68,41 @@ DEV void consume(Block& b) {
   report_fault(b);
 }
 
+DEV Matrix matrix_of(const Block& b, Producer& p) {
+  switch (b.waiter.phase) {
+    case Phase::kQkv: return qkv_matrix(b);
+    case Phase::kOProj: return o_proj_matrix(b);
+    case Phase::kGateUp: return gate_up_matrix(b);
+    case Phase::kDownProj: return down_proj_matrix(b);
+    default: return lm_head_matrix(b, b.step & 1 ? p.num_lm_head_odd++ : p.num_lm_head_even++);
+  }
+}
+
+// Streams everything the consumers will ask for, in their order, step after step.
 DEV void produce(Block& b) {
   Producer p;
-  for (b.step = 0; !b.waiter.failed; b.step++) {
-    for (b.waiter.layer = first_layer(); b.waiter.layer < end_layer() && !b.waiter.failed; b.waiter.layer++) {
-      b.waiter.phase = Phase::kQkv;
-      stream_qkv(b, p);
+  for (b.step = 0;; b.step++) {
+    b.waiter.layer = first_layer();
+    ROLLED for (b.waiter.phase = Phase::kQkv; !b.waiter.failed; next_matrix(b.waiter)) {
+      const Phase phase = b.waiter.phase;
+      if (runs(phase) && (phase != Phase::kLmHead || p.num_sampling)) {
+        const Matrix m = matrix_of(b, p);
+        if (m.norm >= 0) push_norm(b, p, m.norm);
+        push_units(b, p, m);
+      }
+      if (phase == Phase::kLmHead) break;
+      if (phase != Phase::kQkv) continue;
       if (b.waiter.layer == first_layer()) {
         mbar_wait(b.waiter, Wait::kStep, true, &b.shared->step_begin, b.step & 1);
-        if (b.waiter.failed || b.shared->command == (u32)Command::kShutdown) break;
+        if (b.waiter.failed) break;
+        p.leaving = b.shared->command == (u32)Command::kShutdown;
+        p.num_sampling = b.shared->num_sampling;
+        if (p.leaving) break;
         fence_async_global();  // the KV rule's last link: copies after this see the pages of earlier steps
       }
-      b.waiter.phase = Phase::kAttention;
       stream_pages(b, p);
-      b.waiter.phase = Phase::kOProj;
-      stream_o_proj(b, p);
-      b.waiter.phase = Phase::kGateUp;
-      stream_gate_up(b, p);
-      b.waiter.phase = Phase::kDownProj;
-      stream_down_proj(b, p);
     }
-    if (b.waiter.failed || b.shared->command == (u32)Command::kShutdown) break;
-    b.waiter.phase = Phase::kLmHead;
-    stream_lm_head(b, p);
-    if (shape().only_phase) break;
+    if (b.waiter.failed || p.leaving || shape().only_phase) break;
   }
   drain_copies(b, p);
 }

@@ -32,7 +32,7 @@ struct Exchange {
 DEV Exchange o_exchange() { return {shape().off_o_part, shape().off_o_sum, 1}; }
 DEV Exchange down_exchange() { return {shape().off_down_part, shape().off_down_sum, shape().down_slices}; }
 
-DEV bool one_shot(const Block& b) { return num_rows(b) <= (int)shape().one_shot_rows; }
+DEV bool one_shot(int rows) { return rows <= (int)shape().one_shot_rows; }
 DEV bool two_shot() { return shape().strategy == (u32)Strategy::kTwoShot; }
 
 // Slices: pairs of the hidden vector, dealt in equal runs to the blocks of a rank, or of all ranks.
@@ -41,10 +41,10 @@ DEV int owned_pairs() { return divide_up(shape().hidden_size / 2, num_owners());
 DEV int owner_index(const Block& b) { return b.index + (two_shot() ? b.params->rank * shape().num_blocks : 0); }
 
 // Sends the partial sums of outputs n and n + 1 of a row to whoever adds them.
-DEV void push_partial(const Block& b, Exchange x, u32 slice, int row, int n, float2 sum, u32 epoch) {
+DEV void push_partial(const Block& b, Exchange x, int rows, u32 slice, int row, int n, float2 sum, u32 epoch) {
   const u32 source = b.params->rank * x.slices + slice;
   const u32 at = x.part_offset + (source * shape().max_rows + row) * shape().hidden_size + n;
-  const bool to_one = two_shot() && !one_shot(b);
+  const bool to_one = two_shot() && !one_shot(rows);
   const u32 owner = to_one ? n / 2 / owned_pairs() / shape().num_blocks : 0;
   for (u32 r = to_one ? owner : 0; r < (to_one ? owner + 1 : shape().world_size); r++)
     store_words(words_of(b, r, at), float_bits(sum.x), float_bits(sum.y), epoch);
@@ -116,7 +116,7 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
 // row, with their sums of squares. All consumers; false when the block must leave.
 DEV bool receive(Block& b, Exchange x, u32 epoch) {
   consumer_sync();  // the phase before has read the activations
-  if (one_shot(b)) {
+  if (one_shot(num_rows(b))) {
     receive_whole(b, x, epoch);
     return all_well(b);
   }
@@ -145,7 +145,7 @@ DEV bool receive(Block& b, Exchange x, u32 epoch) {
 
 // Puts a value of the residual where `receive` will look for it: outputs n .. n + 3 of a row. `embed` starts every step with it.
 DEV void set_residual(Block& b, int row, int n, const float (&v)[4]) {
-  if (one_shot(b)) {
+  if (one_shot(num_rows(b))) {
     float* r = residual(b) + row * shape().hidden_size + n;
     for (int i = 0; i < 4; i++) r[i] = v[i];
     return;

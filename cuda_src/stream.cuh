@@ -14,6 +14,7 @@ struct Producer {
   RingCursor trailing;  // `window` stages behind it
   int num_filled = 0;   // stages filled so far, counted up to `window`
   u32 num_lm_head_even = 0, num_lm_head_odd = 0;  // uses of the LM head's two claim counters: not every step has one
+  u32 leaving, num_sampling;                      // of this step's plan, read at its begin: later the next step's may stand there
 };
 
 // Takes the next stage: waits until the consumers have left it, and until at most window - 1 copies are in flight. More in flight
@@ -50,23 +51,49 @@ DEV void drain_copies(Block& b, Producer& p) {
   }
 }
 
-// Units of a matrix, dealt to `num_blocks` blocks of which this is number `index`: the first is the block's own (so that every
-// block has a word in o_proj and down_proj: condition C, exchange.cuh), the rest are claimed from a counter, since SMs do not run
-// at one speed. Each use takes exactly `units` claims in all (every block with a unit of its own fails once), so `base`, where a
-// use begins, is known without ever resetting the counter.
-struct Deal {
-  u32* counter;
-  u32 uses;  // of the counter before this one
-  int units, index, num_blocks;
+// Units of a matrix, dealt to `num_blocks` blocks of which this is number `index`. Most are dealt in rounds, since a claim's round trip
+// is longer than a unit's time in the stream; the last two or three of a long phase are claimed from a counter, since SMs do not run
+// at one speed. The first unit is always the block's own, so that every block has a word in o_proj and down_proj (condition C,
+// exchange.cuh). A block has kClaims claims under way and stops at the first that fails, so each use of a counter takes a number of
+// claims that is known (`claims_per_use`), and the counter is never reset.
+constexpr int kClaims = 2;
+struct Matrix {
+  const char* weights;    // of this layer; of this block's slice of K
+  int k, units;           // inputs, units of 8 outputs
+  int index, num_blocks;  // among so many blocks units are dealt, and this one is number `index`
+  u32* counter;           // of claims
+  u32 uses;               // of the counter before this one
+  int norm;               // number of the RMSNorm before it, -1: none
 };
-DEV void push_units(Block& b, Producer& p, const char* matrix, int k, Deal deal) {
-  const u32 unit_bytes = kUnitRows * k * 2, base = deal.uses * deal.units;
-  int unit = deal.index;
-  while (unit < deal.units && !b.waiter.failed) {
-    const u32 claim = atomic_add_gpu(deal.counter, 1);  // one ahead: its latency hides behind the tiles
-    for (u32 at = 0; at < unit_bytes; at += kStageBytes)
-      push_tile(b, p, unit, matrix + (u64)unit * unit_bytes + at, smaller(kStageBytes, unit_bytes - at));
-    unit = deal.num_blocks + (int)(claim - base);
+DEV int dealt_rounds(const Matrix& m) {
+  const int rounds = m.units / m.num_blocks;
+  return rounds < 4 ? rounds + 1 : rounds - 2;
+}
+DEV u32 claims_per_use(const Matrix& m) {
+  const int claimed = m.units - dealt_rounds(m) * m.num_blocks;
+  return claimed <= 0 ? 0 : claimed + kClaims * m.num_blocks;
+}
+DEV void push_unit(Block& b, Producer& p, const Matrix& m, int unit) {
+  const u32 bytes = kUnitRows * m.k * 2;
+  ROLLED for (u32 at = 0; at < bytes; at += kStageBytes)
+    push_tile(b, p, unit, m.weights + (u64)unit * bytes + at, smaller(kStageBytes, bytes - at));
+}
+DEV void push_units(Block& b, Producer& p, const Matrix& m) {
+  const u32 per_use = claims_per_use(m);
+  const int rounds = dealt_rounds(m);
+  u32 claim[kClaims] = {};
+  for (int i = 0; i < kClaims && per_use; i++) claim[i] = atomic_add_gpu(m.counter, 1);
+  int unit = m.index;
+  ROLLED for (int r = 0; unit < m.units && !b.waiter.failed; r++) {
+    push_unit(b, p, m, unit);
+    if (r + 1 < rounds) {
+      unit += m.num_blocks;
+      continue;
+    }
+    if (!per_use) break;
+    unit = rounds * m.num_blocks + (int)(claim[0] - m.uses * per_use);
+    UNROLL for (int i = 1; i < kClaims; i++) claim[i - 1] = claim[i];
+    if (unit < m.units) claim[kClaims - 1] = atomic_add_gpu(m.counter, 1);
   }
   push_mark(b, p, kUnitEnd);
 }
@@ -87,7 +114,7 @@ DEV u32* claim_counter(const Block& b, u32 layer, u32 which) {
 // ---------------------------------------------------------------------------------------------- consumers
 DEV void wait_full(Block& b) {
   u64* full = &b.shared->full[b.ring.stage];
-  if (shape().trace && mbar_test(full, b.ring.parity)) return;  // a wait is timed only if its first poll fails
+  if (shape().trace && mbar_test_now(full, b.ring.parity)) return;  // a wait is timed only if its first poll fails
   const u32 began = shape().trace ? clock_low() : 0;
   mbar_wait(b.waiter, Wait::kTile, false, full, b.ring.parity);
   if (shape().trace) b.tile_clocks += clock_low() - began;
@@ -130,24 +157,27 @@ DEV void hand_over_mark(Block& b, int mark) {  // to each adder
   for (int i = 0; i < kAdderWarps; i++) hand_over(b, mark, [](int) {});
 }
 
-// Multiplies the activations with every unit the producer sends until its mark, and hands the sums to the adders, which send the
-// results off while these warps go on: no barrier of the block, and nobody waits for anybody's addition.
-template <Phase kPhase>
-DEV void multiply_units(Block& b) {
-  const int rows = num_rows(b), tiles = divide_up(matrix_k(kPhase), kTileK);
-  Operand<kPhase> operand;
-  operand_load(operand, activations(b), b.warp, rows);
+// Multiplies the activations (K wide) with every unit the producer sends until its mark, and hands the sums to the adders, which send
+// the results off while these warps go on: no barrier of the block, and nobody waits for anybody's addition.
+DEV void multiply_units(Block& b, int k) {
+  const int rows = num_rows(b), tiles = divide_up(k, kTileK), chunks = k / 32;
+  Operand operand;
+  operand_load(operand, activations(b), chunks, b.warp, rows);
   while (!b.waiter.failed) {
     Accum acc;
     accum_zero(acc);
     int unit = kUnitEnd;
-    UNROLL for (int t = 0; t < tiles; t++) {
-      wait_full(b);
-      if (b.waiter.failed) return;
-      accum_multiply(acc, ring_stage(b, b.ring.stage), operand, t, b.warp, rows);  // of a mark too, for nothing: it saves a round
-      unit = b.shared->unit[b.ring.stage];
-      release_stage(b);
-      if (unit == kUnitEnd) return;
+    for (int base = 0; base < tiles; base += Operand::kTiles) {
+      UNROLL for (int held = 0; held < Operand::kTiles; held++) {
+        const int t = base + held;
+        if (t >= tiles) break;
+        wait_full(b);
+        if (b.waiter.failed) return;
+        accum_multiply(acc, ring_stage(b, b.ring.stage), operand, t, held, chunks, b.warp, rows);  // of a mark too, in vain: it
+        unit = b.shared->unit[b.ring.stage];                                                     // saves every tile a round trip
+        release_stage(b);
+        if (unit == kUnitEnd) return;
+      }
     }
     hand_over(b, unit, [&](int slot) { accum_store(acc, partial_sums(b, slot, b.warp), rows); });
   }

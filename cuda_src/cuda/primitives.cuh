@@ -22,12 +22,6 @@ constexpr int kThreads = kNumWarps * LANES;
 // ---------------------------------------------------------------------------------------------- who am I
 // The sizes this kernel was built for: compile-time constants here, fields of a struct in the simulator.
 DEV constexpr Shape shape() { return Shape IMEX_SHAPE; }
-// K of the matrix that a phase multiplies with: one block's part of it, padded to 32.
-DEV constexpr int matrix_k(Phase phase) {
-  return phase == Phase::kOProj      ? shape().num_heads * shape().head_dim
-         : phase == Phase::kDownProj ? shape().intermediate_size / shape().down_slices
-                                     : shape().hidden_size;
-}
 DEV int grid_block() { return blockIdx.x; }  // counts the blocks of every rank of this launch
 DEV int warp_index() { return threadIdx.x / LANES; }
 DEV int lane_index() { return threadIdx.x % LANES; }
@@ -204,6 +198,15 @@ DEV bool mbar_test(u64* bar, u32 parity) {  // has the phase of this parity comp
       : "memory");
   return done;
 }
+DEV bool mbar_test_now(u64* bar, u32 parity) {  // the same without the hardware's own short wait
+  u32 done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(shared_address(bar)), "r"(parity)
+      : "memory");
+  return done;
+}
 DEV void mbar_wait(Waiter& w, Wait, bool, u64* bar, u32 parity) {
   // No deadline of its own: what a block's warps and copies wait for from each other comes, unless another block's word does not,
   // and for that somebody's deadline passes. So a look at the abort word bounds this wait as well.
@@ -258,40 +261,37 @@ DEV void accum_multiply(Accum& acc, const char* tile, const char* x, int first, 
     mma_bf16(acc.c[2 * j % 4 + 1], low.z, high.z, low.w, high.w, b.z, b.w);
   }
 }
-// A warp's share of the activations a phase multiplies with. Every unit needs the same, so they stay in registers where they fit:
-// reading them again for each tile would double the traffic of shared memory.
-template <Phase kPhase>
+// A warp's share of the activations a phase multiplies with. Every unit needs the same, so they stay in registers where those of the
+// widest phase fit: reading them again for each tile would double the traffic of shared memory.
+constexpr u32 widest(u32 a, u32 b, u32 c) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 struct Operand {
-  static constexpr int kPerTile = kTileK / 32 / kConsumerWarps, kTiles = (matrix_k(kPhase) + kTileK - 1) / kTileK;
-  static constexpr bool kHeld = kTiles * kPerTile <= 16 && shape().max_rows <= 8;
+  static constexpr int kPerTile = kTileK / 32 / kConsumerWarps;
+  static constexpr int kWidest = widest(shape().hidden_size, shape().num_heads * shape().head_dim, shape().intermediate_size / shape().down_slices);
+  static constexpr bool kHeld = kWidest <= 4 * kTileK && shape().max_rows <= 8;
+  static constexpr int kTiles = kHeld ? (kWidest + kTileK - 1) / kTileK : 1;  // tiles whose activations are held at once
   const char* memory;
-  uint4 x[kHeld ? kTiles * kPerTile : 1];
+  uint4 x[kTiles * kPerTile];
 };
-template <Phase kPhase>
-DEV void operand_load(Operand<kPhase>& operand, const char* x, int warp, int rows) {
-  using Held = Operand<kPhase>;
+// x: bf16 [chunks, max_rows, 32].
+DEV void operand_load(Operand& operand, const char* x, int chunks, int warp, int rows) {
   constexpr int kRows = shape().max_rows;
-  operand.memory = x;
   const int row = lane_index() / 4, quarter = lane_index() % 4;
-  if (!Held::kHeld) return;
-  UNROLL for (int i = 0; i < Held::kTiles * Held::kPerTile; i++) {
-    const int c = i / Held::kPerTile * (kTileK / 32) + i % Held::kPerTile * kConsumerWarps + warp;
+  operand.memory = x;
+  UNROLL for (int i = 0; i < Operand::kTiles * Operand::kPerTile && Operand::kHeld; i++) {
+    const int c = i / Operand::kPerTile * (kTileK / 32) + i % Operand::kPerTile * kConsumerWarps + warp;
     operand.x[i] = {0, 0, 0, 0};
-    if (c < matrix_k(kPhase) / 32 && (kRows == 1 || row < rows)) operand.x[i] = ((const uint4*)x)[(c * kRows + (kRows == 1 ? 0 : row)) * 4 + quarter];
+    if (c < chunks && (kRows == 1 || row < rows)) operand.x[i] = ((const uint4*)x)[(c * kRows + (kRows == 1 ? 0 : row)) * 4 + quarter];
   }
 }
-// Adds tile number `t` of a unit (a constant after unrolling) x the activations, this warp's chunks of it.
-template <Phase kPhase>
-DEV void accum_multiply(Accum& acc, const char* tile, const Operand<kPhase>& operand, int t, int warp, int rows) {
-  using Held = Operand<kPhase>;
-  constexpr int kChunks = matrix_k(kPhase) / 32;
-  const int first = t * (kTileK / 32), count = kChunks - first < kTileK / 32 ? kChunks - first : kTileK / 32;
-  if (!Held::kHeld) return accum_multiply(acc, tile, operand.memory + first * 64 * (int)shape().max_rows, warp, kConsumerWarps, count, rows);
+// Adds tile number `t` of a unit of `chunks` chunks; `held` is t where the operand holds all tiles (a constant after unrolling).
+DEV void accum_multiply(Accum& acc, const char* tile, const Operand& operand, int t, int held, int chunks, int warp, int rows) {
+  const int first = t * (kTileK / 32), count = chunks - first < kTileK / 32 ? chunks - first : kTileK / 32;
+  if (!Operand::kHeld) return accum_multiply(acc, tile, operand.memory + first * 64 * (int)shape().max_rows, warp, kConsumerWarps, count, rows);
   const uint4* w = (const uint4*)tile + lane_index();
-  UNROLL for (int j = 0; j < Held::kPerTile; j++) {
+  UNROLL for (int j = 0; j < Operand::kPerTile; j++) {
     const int c = warp + j * kConsumerWarps;
-    if (j * kConsumerWarps + kConsumerWarps > count && c >= count) continue;  // only a unit's last tile is short
-    const uint4 b = w[c * 32], a = operand.x[Held::kHeld ? t * Held::kPerTile + j : 0];
+    if (c >= count) continue;  // a unit's last tile may be short
+    const uint4 b = w[c * 32], a = operand.x[held * Operand::kPerTile + j];
     mma_bf16(acc.c[2 * j % 4], a.x, 0, a.y, 0, b.x, b.y);
     mma_bf16(acc.c[2 * j % 4 + 1], a.z, 0, a.w, 0, b.z, b.w);
   }

@@ -56,10 +56,13 @@ DEV bool find_item(const Block& b, int index, Item& item) {
   return false;
 }
 
+// Items are dealt from the last block on: the first ones have one more unit of the matrices around.
+DEV int first_item(const Block& b) { return shape().num_blocks - 1 - b.index; }
+
 DEV void stream_pages(Block& b, Producer& p) {
   if (!runs(Phase::kAttention)) return;
   Item item;
-  for (int i = b.index; find_item(b, i, item); i += shape().num_blocks)
+  for (int i = first_item(b); find_item(b, i, item); i += shape().num_blocks)
     for (int number = item.first_page; number < item.end_page && !b.waiter.failed; number++)
       push_tile(b, p, kUnitPage, page_at(b, b.waiter.layer, find_page(b, item.row, number), item.kv_head), page_bytes());
 }
@@ -222,15 +225,16 @@ DEV void merge_splits(Block& b, u32 epoch) {
 
 DEV bool attention(Block& b) {
   if (!runs(Phase::kAttention)) return true;
-  b.waiter.phase = Phase::kAttention;
+  b.waiter.phase = Phase::kAttention;  // until it is done: the step's loop counts in matrix phases
   mark(b, Mark::kBegin);
   const u32 epoch = layer_epoch(b.step, b.waiter.layer);
   Item item;
-  for (int i = b.index; find_item(b, i, item); i += shape().num_blocks)
+  for (int i = first_item(b); find_item(b, i, item); i += shape().num_blocks)
     if (!attend(b, item, epoch)) return false;
   mark(b, Mark::kReady);
   merge_splits(b, epoch);  // after all items of this block: no block waits for a run while one of its own is still to come
   mark(b, Mark::kEnd, take_tile_clocks(b));
+  b.waiter.phase = Phase::kQkv;
   return true;
 }
 

@@ -2,19 +2,13 @@
 // Steps in which no row samples skip the product, tiles and all; the words go out in every step, since they also end it (kv.cuh).
 #pragma once
 #include "../exchange.cuh"
-#include "../norm.cuh"
 #include "../tap.cuh"
 
 namespace imex {
 
-DEV int lm_head_units() { return shape().vocab_rows / kUnitRows; }
-
-DEV void stream_lm_head(Block& b, Producer& p) {
-  if (!runs(Phase::kLmHead) || b.shared->num_sampling == 0) return;
-  const u32 uses = b.step & 1 ? p.num_lm_head_odd++ : p.num_lm_head_even++;
-  push_norm(b, p, 2 * shape().num_layers);
-  push_units(b, p, (const char*)b.params->lm_head, shape().hidden_size,
-             {claim_counter(b, shape().num_layers, 0), uses, lm_head_units(), b.index, (int)shape().num_blocks});
+DEV Matrix lm_head_matrix(const Block& b, u32 uses) {
+  return {(const char*)b.params->lm_head, (int)shape().hidden_size, (int)shape().vocab_rows / kUnitRows, b.index,
+          (int)shape().num_blocks, claim_counter(b, shape().num_layers, 0), uses, 2 * (int)shape().num_layers};
 }
 
 // Candidates compare as integers: the logit's order first, then the lower id.
@@ -33,9 +27,10 @@ DEV void clear(Candidates& c) {
   UNROLL for (int j = 0; j < kCells / LANES; j++) c.best[j] = 0;
 }
 DEV void keep_best(Block& b, Candidates& c, int unit, int slot) {
+  const int rows = num_rows(b);
   UNROLL for (int j = 0; j < kCells / LANES; j++) {
     const int i = b.lane + j * LANES, row = i / (kUnitRows / 2), pair = i % (kUnitRows / 2);
-    if (row >= num_rows(b)) continue;
+    if (row >= rows) continue;
     const float2 v = unit_sums(b, slot, row, pair);
     const u32 n = unit * kUnitRows + 2 * pair, id = b.params->rank * shape().vocab_rows + n;
     const u64 k0 = id < shape().vocab_size ? candidate_key(v.x, id) : 0;
@@ -54,23 +49,15 @@ DEV void put_candidates(Block& b, Candidates& c, int adder) {
   if (b.lane == 0) mbar_arrive(&b.shared->candidates_ready);
 }
 
-DEV bool lm_head(Block& b) {
-  if (!runs(Phase::kLmHead)) return true;
-  b.waiter.phase = Phase::kLmHead;
-  mark(b, Mark::kBegin);
+// After the product: gathers the adders' candidates and publishes this block's.
+DEV bool publish_best(Block& b) {
   const u32 epoch = layer_epoch(b.step, shape().num_layers);
   const int rows = num_rows(b);
   const bool sampling = b.shared->num_sampling;
-  if (!receive(b, down_exchange(), epoch - 1)) return false;  // also when nothing is sampled: it is this step's condition C
-  mark(b, Mark::kInput);
   if (sampling) {
-    normalize(b);
-    mark(b, Mark::kReady);
-    multiply_units<Phase::kLmHead>(b);
     hand_over_mark(b, kUnitEnd);
     mbar_wait(b.waiter, Wait::kPartial, false, &b.shared->candidates_ready, b.num_lm_heads++ & 1);
   }
-  mark(b, Mark::kEnd, take_tile_clocks(b));
   if (!all_well(b)) return false;
   for (int row = b.thread; row < rows; row += kConsumerThreads) {
     u64 best = 0;

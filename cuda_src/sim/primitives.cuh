@@ -32,11 +32,6 @@ namespace imex {
 
 // ---------------------------------------------------------------------------------------------- who am I
 DEV const Shape& shape() { return sim::machine.shape; }
-DEV int matrix_k(Phase phase) {  // of the matrix that a phase multiplies with: one block's part of it, padded to 32
-  return phase == Phase::kOProj      ? shape().num_heads * shape().head_dim
-         : phase == Phase::kDownProj ? shape().intermediate_size / shape().down_slices
-                                     : shape().hidden_size;
-}
 DEV int grid_block() { return (int)sim::machine.current->block->index; }
 DEV int warp_index() { return (int)sim::machine.current->thread / LANES; }
 DEV int lane_index() { return LANES == 1 ? 0 : (int)sim::machine.current->lane; }
@@ -260,6 +255,7 @@ DEV bool mbar_test(u64* bar, u32 parity) {
   sim::mbarrier_seen(bar, parity);
   return true;
 }
+DEV bool mbar_test_now(u64* bar, u32 parity) { return mbar_test(bar, parity); }
 DEV void mbar_wait(Waiter& w, Wait kind, bool idle, u64* bar, u32 parity) {
   sim::point();
   sim::WaitNote note{};
@@ -289,17 +285,13 @@ DEV void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
 
 namespace imex {
 // The activations a phase multiplies with; a GPU keeps a warp's share in registers.
-template <Phase kPhase>
 struct Operand {
+  static constexpr int kTiles = 1;
   const char* memory;
 };
-template <Phase kPhase>
-DEV void operand_load(Operand<kPhase>& operand, const char* x, int, int) {
-  operand.memory = x;
-}
-template <Phase kPhase>
-DEV void accum_multiply(Accum& acc, const char* tile, const Operand<kPhase>& operand, int t, int warp, int rows) {
-  const int first = t * (kTileK / 32), left = matrix_k(kPhase) / 32 - first, count = left < kTileK / 32 ? left : kTileK / 32;
+DEV void operand_load(Operand& operand, const char* x, int, int, int) { operand.memory = x; }
+DEV void accum_multiply(Accum& acc, const char* tile, const Operand& operand, int t, int, int chunks, int warp, int rows) {
+  const int first = t * (kTileK / 32), count = chunks - first < kTileK / 32 ? chunks - first : kTileK / 32;
   accum_multiply(acc, tile, operand.memory + first * 64 * (int)shape().max_rows, warp, kConsumerWarps, count, rows);
 }
 }  // namespace imex

@@ -39,24 +39,28 @@ class Compiler:
         return "ziglang" in self.command or Path(self.command[0]).stem == "zig"
 
 
-@lru_cache
 def find_compiler(cxx: str | None = None) -> Compiler:
     """`cxx`, else $CXX, g++, clang++, or the ziglang wheel's; DeviceError if this host has none of them."""
     wanted = cxx or os.environ.get("CXX")
-    candidates = [shlex.split(wanted)] if wanted else [["g++"], ["clang++"]]
+    candidates = [tuple(shlex.split(wanted))] if wanted else [("g++",), ("clang++",)]
     if not wanted and importlib.util.find_spec("ziglang"):
-        candidates.append([sys.executable, "-m", "ziglang", "c++"])
+        candidates.append((sys.executable, "-m", "ziglang", "c++"))
     for command in candidates:
-        if not shutil.which(command[0]):
-            continue
-        answer = subprocess.run([*command, "--version"], capture_output=True, text=True)
-        if answer.returncode == 0:
-            return Compiler(tuple(command), answer.stdout.strip())
+        program = shutil.which(command[0])
+        if program and (version := _version(program, command)):
+            return Compiler(command, version)
     if wanted:
-        raise DeviceError(f"the C++ compiler {wanted!r} (from $CXX) does not run; unset CXX or name one that does")
+        raise DeviceError(f"the C++ compiler {wanted!r} does not run; name one that does in CXX, or unset it")
     raise DeviceError(
         "the simulator needs a C++ compiler and this host has none: install g++ or clang++, or `pip install ziglang`"
     )
+
+
+@lru_cache
+def _version(program: str, command: tuple[str, ...]) -> str:
+    """What the compiler at `program` says of itself; "" if it does not run."""
+    answer = subprocess.run([program, *command[1:], "--version"], capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 @lru_cache
@@ -116,7 +120,13 @@ def build(
         extra += ["-fsanitize=thread", "-O1"]
     objects.append(compile_object(root / "sim" / "kernel.cpp", tree, extra))
 
-    link = ["-shared", *(["-nostdlib++"] if compiler.is_zig else []), *(["-fsanitize=thread"] if tsan else []), *map(str, objects), "-lm"]
+    link = [
+        "-shared",
+        *(["-nostdlib++"] if compiler.is_zig else []),
+        *(["-fsanitize=thread"] if tsan else []),
+        *map(str, objects),
+        "-lm",
+    ]
 
     def make_library(made: Path) -> None:
         _run([*compiler.command, *link, "-o", str(made)], "the simulator")
@@ -126,6 +136,8 @@ def build(
 
 def tsan_environment() -> dict[str, str]:
     """Environment of a process that loads a `tsan` build: ThreadSanitizer must be there before everything else."""
-    library = subprocess.run([*find_compiler().command, "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
+    library = subprocess.run(
+        [*find_compiler().command, "-print-file-name=libtsan.so"], capture_output=True, text=True
+    ).stdout.strip()
     options = "report_thread_leaks=0 history_size=3 exitcode=66 report_signal_unsafe=0"
     return {**os.environ, "LD_PRELOAD": str(Path(library).resolve()), "TSAN_OPTIONS": options}

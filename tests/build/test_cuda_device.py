@@ -116,7 +116,13 @@ def test_launch(fake):
     launch = device.launch(kernel, parameters(2))
     given = dict(fake.launched)
     assert given.pop("params")
-    assert given == {"function": 4242, "grid": (132, 1, 1), "block": (abi.NUM_WARPS * 32, 1, 1), "shared": 200_000, "stream": 77}
+    assert given == {
+        "function": 4242,
+        "grid": (132, 1, 1),
+        "block": (abi.NUM_WARPS * 32, 1, 1),
+        "shared": 200_000,
+        "stream": 77,
+    }
     before = len(fake.calls)
     assert not launch.done()
     assert not launch.wait(0.01)

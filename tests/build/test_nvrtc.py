@@ -68,8 +68,8 @@ def check_sass(blocks: list[list[str]]) -> None:
     local = {opcode: count for opcode, count in opcodes.items() if opcode.startswith(("LDL", "STL"))}
     assert not local, f"local memory is used: {local}"
     matrix = [Counter(block) for block in blocks if any(opcode.startswith("HMMA") for opcode in block)]
-    narrow = {opcode for block in matrix for opcode in block if opcode.startswith("LDS") and opcode != "LDS.128"}
-    assert not narrow, f"beside the matrix instructions shared memory is read with {narrow}, not only with LDS.128"
+    narrow = {opcode for block in matrix for opcode in block if opcode.startswith(("LDS.U", "LDS.S"))}
+    assert not narrow, f"beside the matrix instructions shared memory is read with {narrow}, value by value"
     generic = {opcode for block in matrix for opcode in block if opcode.partition(".")[0] == "LD"}
     assert not generic, f"the compiler does not know that {generic} read shared memory"
     products = sum(block["HMMA.16816.F32.BF16"] for block in matrix)

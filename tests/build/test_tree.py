@@ -17,7 +17,10 @@ MAX_LINES = 400
 
 def ours() -> list[Path]:
     return sorted(
-        path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in CODE and "__pycache__" not in path.parts
+        path
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in CODE and "__pycache__" not in path.parts
     )
 
 
@@ -50,13 +53,17 @@ def test_ptx_is_in_one_file():
         if path.suffix not in {".cu", ".cuh"} or path.is_relative_to(ROOT / "cuda_src" / "sim"):
             continue
         if path != ROOT / "cuda_src" / "cuda" / "primitives.cuh":
-            assert not re.search(r"\basm\b", stripped(path)), f"{path.relative_to(ROOT)} has asm: it belongs in cuda/primitives.cuh"
+            assert not re.search(r"\basm\b", stripped(path)), (
+                f"{path.relative_to(ROOT)} has asm: it belongs in cuda/primitives.cuh"
+            )
 
 
 def test_the_kernel_knows_no_machine():
     for path in kernel_files():
         text = stripped(path)
         if path.name not in {"primitives.cuh", "abi.cuh"}:
-            found = re.search(r"__CUDA\w*|__shared__|__syncthreads|\b(threadIdx|blockIdx|blockDim)\b|\b__\w+_sync\b|\bIMEX_SIM\b", text)
+            found = re.search(
+                r"__CUDA\w*|__shared__|__syncthreads|\b(threadIdx|blockIdx|blockDim)\b|\b__\w+_sync\b|\bIMEX_SIM\b", text
+            )
             assert not found, f"{path.relative_to(ROOT)} uses {found[0]}: that is a primitive's business"
         assert not re.search(r"\bvolatile\b", text), f"{path.relative_to(ROOT)} has volatile: loads and stores are primitives"

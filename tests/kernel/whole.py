@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imex_persist import abi
 from imex_persist.abi import Finish, Phase, Record, Strategy
 from imex_persist.model.dummy import DummyWeights
 from imex_persist.model.reference import Reference
@@ -159,14 +158,3 @@ def same_bits(one: WholeRun, two: WholeRun, what: str) -> None:
         np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32), f"{what}: taps of rank {rank}")
     for rank, (a, b) in enumerate(zip(one.pages(), two.pages(), strict=True)):
         np.testing.assert_array_equal(a, b, f"{what}: KV pages of rank {rank}")
-
-
-def lm_head_claims(run: WholeRun) -> int:
-    """How many claims on units of the LM head were made: each use makes exactly as many as there are units."""
-    shape, counts = run.shape, []
-    per_step = int(shape["num_layers"]) * (3 + int(shape["down_slices"])) + 1
-    for rank in run.kernel.ranks:
-        claims = run.kernel.device.download(rank.claims, 0, rank.claims.nbytes).view(np.uint32)
-        counts.append(int(claims[per_step - 1] + claims[2 * per_step - 1]))
-    assert len(set(counts)) == 1, counts
-    return counts[0] // (int(shape["vocab_rows"]) // abi.UNIT_ROWS)

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from imex_persist import LLM, FaultError, SamplingParams
+from imex_persist import LLM, DeviceError, FaultError, SamplingParams
 from imex_persist.cli import main
 from tests.runtime.groups import all_gone, pids
 
@@ -211,6 +211,24 @@ def test_bad_input_is_exit_code_2_and_one_sentence(folder, capsys, arguments, wo
     assert main([*arguments, *(["--load-format", "dummy"] if folder in arguments else [])]) == 2
     out, err = capsys.readouterr()
     assert out == "" and words in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(FaultError("rank 1 ended"), 1), (DeviceError("no compiler"), 2), (ValueError("x"), 2)]
+)
+def test_exit_codes(folder, capsys, monkeypatch, error, code):
+    def fail(*_args):
+        raise error
+
+    monkeypatch.setattr("imex_persist.cli._engine", fail)
+    assert main(["generate", folder, "--prompt", "x"]) == code
+    assert capsys.readouterr().err == f"imex-persist: error: {error}\n"
+
+
+def test_auto_warns_once_where_there_is_no_gpu(folder, capsys, monkeypatch):
+    monkeypatch.setattr("imex_persist.runtime.placement.find_gpus", list)
+    assert main(["generate", folder, "--load-format", "dummy", "--prompt-token-ids", "1", "--max-tokens", "1"]) == 0
+    assert capsys.readouterr().err.count("no GPU was found") == 1
 
 
 def test_version(capsys):
