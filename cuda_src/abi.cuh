@@ -21,6 +21,7 @@ constexpr int kChunk = 32;
 constexpr int kMaxHeadDim = 128;
 constexpr int kConsumerWarps = 8;
 constexpr int kAdderWarps = 2;
+constexpr int kTraceWriters = 3;
 constexpr int kNumWarps = 12;
 constexpr int kPartSlots = 4;
 constexpr int kMaxStopIds = 16;
@@ -88,13 +89,15 @@ enum class Strategy : unsigned int {
   kTwoShot = 2,
 };
 
-// Kinds of TraceEvent, by one thread of each block's consumers.
+// Kinds of TraceEvent: SENT by a block's adders, the others by one thread of its consumers. Waits are in clocks of the SM.
 enum class Mark : unsigned int {
   kClock = 0,
   kBegin = 1,
   kInput = 2,
   kReady = 3,
   kEnd = 4,
+  kSum = 5,
+  kSent = 6,
 };
 
 // Descriptor.flags.
@@ -149,8 +152,9 @@ struct Shape {
   unsigned int only_phase;
   unsigned int only_layer;
   unsigned int trace;
+  unsigned int trace_every;
 };
-static_assert(sizeof(Shape) == 184);
+static_assert(sizeof(Shape) == 188);
 IMEX_OFFSET(Shape, hidden_size, 0);
 IMEX_OFFSET(Shape, num_layers, 4);
 IMEX_OFFSET(Shape, num_heads, 8);
@@ -197,6 +201,7 @@ IMEX_OFFSET(Shape, tap, 168);
 IMEX_OFFSET(Shape, only_phase, 172);
 IMEX_OFFSET(Shape, only_layer, 176);
 IMEX_OFFSET(Shape, trace, 180);
+IMEX_OFFSET(Shape, trace_every, 184);
 
 struct RankParams {
   unsigned long long qkv;

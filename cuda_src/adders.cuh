@@ -13,11 +13,13 @@ namespace imex {
 DEV void add_units(Block& b, int adder) {
   Candidates candidates;
   clear(candidates);
+  Sent sent = {};
   for (u32 n = adder;; n += kAdderWarps) {
     const int slot = n % kPartSlots;
     mbar_wait(b.waiter, Wait::kPartial, true, &b.shared->done[slot], n / kPartSlots & 1);
     if (b.waiter.failed) return;
     const UnitNote note = b.shared->notes[slot];
+    mark_sent(b, adder, sent, note, false);
     if (note.unit == kUnitExit) return;
     b.waiter.phase = note.phase;
     b.waiter.layer = note.layer;
@@ -30,6 +32,7 @@ DEV void add_units(Block& b, int adder) {
       default: note.unit == kUnitEnd ? put_candidates(b, candidates, adder) : keep_best(b, candidates, note.unit, slot);
     }
     warp_sync();
+    mark_sent(b, adder, sent, note, note.phase != Phase::kLmHead);
     if (b.lane == 0) mbar_arrive(&b.shared->free[slot]);
   }
 }

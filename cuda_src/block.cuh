@@ -130,6 +130,13 @@ DEV int matrix_k(Phase phase) {
   return shape().hidden_size;
 }
 
+// Forgets what was computed of a thread's place: addresses are made anew in each phase, not kept in registers around the whole step.
+DEV void refresh(Block& b) {
+  b.thread = fresh(b.thread);
+  b.lane = b.thread % LANES;
+  b.warp = b.thread / LANES;
+}
+
 DEV u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 DEV u32 larger(u32 a, u32 b) { return a > b ? a : b; }
 DEV u32 divide_up(u32 a, u32 b) { return (a + b - 1) / b; }

@@ -29,7 +29,7 @@ DEV bool prepare(Block& b, bool multiplies) {
   const bool gate = phase == Phase::kGateUp;
   if (gate || b.waiter.layer > 0)  // layer 0 starts from what `embed` left
     if (!receive(b, gate ? o_exchange() : down_exchange(), gate ? epoch : epoch - 1)) return false;
-  mark(b, Mark::kInput);
+  mark(b, Mark::kInput, take_word_clocks(b));
   if (multiplies) normalize(b);
   return true;
 }
@@ -40,11 +40,13 @@ DEV bool decode_step(Block& b) {
   b.waiter.layer = first_layer();
   ROLLED for (b.waiter.phase = Phase::kQkv;; next_matrix(b.waiter)) {
     const Phase phase = b.waiter.phase;
+    //refresh(b);
     if (runs(phase)) {
       const bool multiplies = phase != Phase::kLmHead || b.shared->num_sampling;
       mark(b, Mark::kBegin);
       if (!prepare(b, multiplies)) return false;
-      mark(b, Mark::kReady);
+      if (phase == Phase::kOProj || phase == Phase::kDownProj) mark(b, Mark::kInput, take_word_clocks(b));
+      mark(b, Mark::kReady, multiplies);
       if (multiplies) multiply_units(b, matrix_k(phase));
       mark(b, Mark::kEnd, take_tile_clocks(b));
     }

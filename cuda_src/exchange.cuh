@@ -20,6 +20,7 @@
 // owner of a slice waits only for that slice's words: with one, it could publish down sums while a late block still reads o sums.
 #pragma once
 #include "norm.cuh"
+#include "trace.cuh"
 #include "words.cuh"
 
 namespace imex {
@@ -121,6 +122,7 @@ DEV bool receive(Block& b, Exchange x, u32 epoch) {
     return all_well(b);
   }
   receive_slice(b, x, epoch);
+  mark(b, Mark::kSum, take_word_clocks(b));
   const int quads = shape().hidden_size / 4, per_row = quads_per_thread();
   float squares = 0.f;
   gather(

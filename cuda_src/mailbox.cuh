@@ -244,7 +244,8 @@ DEV void run_mailbox(Block& b) {
   if (m.lane == 0) store_release_sys(&m.host->header.resident, 1);
   constexpr u32 kAbort = ~0u;
   bool leaving = false;
-  ROLLED for (u32 idle_polls = 1;; idle_polls++) {
+  u32 idle_polls = 0;
+  ROLLED for (u32 polls = 1;; polls++, idle_polls++) {
     u32 rows = 0, news = 0;
     if (m.lane == 0 && m.done < m.published && mbar_test_now(&b.shared->step_end[m.done & 1], m.done >> 1 & 1)) {
       finish_step(m);
@@ -258,7 +259,7 @@ DEV void run_mailbox(Block& b) {
       const bool may_publish = m.published <= m.done + 1;  // its buffer's last plan has been read by every block
       if (may_publish && has_room(m)) rows = choose_rows(m);
       if (may_publish && leaving && all_free(m)) news = 2;
-      if (idle_polls % 256 == 0 && must_abort(m)) news = kAbort;
+      if (polls % kPollsPerCheck == 0 && must_abort(m)) news = kAbort;
     }
     rows = shuffle(rows, 0);
     news = shuffle(news, 0);

@@ -51,7 +51,8 @@ DEV bool begin_step(Block& b) {
   }
   consumer_sync();
   if (b.thread == 0) mbar_arrive(&s.step_begin);
-  mark(b, Mark::kClock, (u32)timer_ns());
+  mark_clock(b);
+  take_word_clocks(b);  // waiting for a plan is no part of the step
   return true;
 }
 

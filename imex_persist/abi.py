@@ -24,6 +24,7 @@ CHUNK = 32  # positions of the context that one warp attends to at a time
 MAX_HEAD_DIM = 128
 CONSUMER_WARPS = 8  # warps 0-7 multiply
 ADDER_WARPS = 2  # warps 8 and 9 add the consumers' partial sums and send the results off
+TRACE_WRITERS = 1 + ADDER_WARPS  # rings of a block: its consumers', its adders'
 NUM_WARPS = 12  # warp 10 streams, warp 11 is the mailbox
 PART_SLOTS = 4  # units whose partial sums may be in flight between consumers and adders; a multiple of ADDER_WARPS
 MAX_STOP_IDS = 16  # token ids that end a request, EOS among them
@@ -99,13 +100,15 @@ class Strategy(enum.IntEnum):
 
 
 class Mark(enum.IntEnum):
-    """Kinds of TraceEvent, by one thread of each block's consumers."""
+    """Kinds of TraceEvent: SENT by a block's adders, the others by one thread of its consumers. Waits are in clocks of the SM."""
 
-    CLOCK = 0  # a step begins; `value` is the low word of the GPU's timer in ns, to pair with `clock`
+    CLOCK = 0  # a step begins; `value` is the GPU's timer in ns, to pair with `clock`; its bits 32-55 are in bits 8-31 of `what`
     BEGIN = 1  # the phase is entered
-    INPUT = 2  # the words it takes in have arrived
-    READY = 3  # the activations are ready to be multiplied
-    END = 4  # the block's last unit of the phase is handed on; `value` is how many clocks tiles were waited for
+    INPUT = 2  # the words it takes in have arrived; `value`: waited for them, if the first poll did not find them
+    READY = 3  # the activations are ready to be multiplied; `value`: 1 if they are, in attention the pages that were read
+    END = 4  # the block's last unit of the phase is handed on; `value`: waited for tiles, in embed the rows of the step
+    SUM = 5  # a slice owner has published its sums; `value`: waited for the ranks' words
+    SENT = 6  # the adder's last words of the phase have left; `value`: the unit
 
 
 class SubmitFlag(enum.IntFlag):
@@ -171,7 +174,8 @@ Shape = _struct(
     ("tap", "u4"),  # 1: every phase's output also goes to RankParams.tap
     ("only_phase", "u4"),  # 0: the whole step; 1 + Phase: that phase alone, once, of layer `only_layer`
     ("only_layer", "u4"),
-    ("trace", "u4"),  # events of each block's ring in RankParams.trace, a power of two; 0: tracing is compiled out
+    ("trace", "u4"),  # events of each ring in RankParams.trace, a power of two; 0: tracing is compiled out
+    ("trace_every", "u4"),  # one step of so many is traced
 )
 
 RankParams = _struct(
@@ -191,7 +195,7 @@ RankParams = _struct(
     ("mailbox", "u8"),  # struct Mailbox, mapped host memory; rank 0 only
     ("fault", "u8"),  # struct FaultRecord, mapped host memory
     ("tap", "u8"),  # float, see cuda_src/tap.cuh; 0 unless Shape.tap
-    ("trace", "u8"),  # TraceEvent [num_blocks, Shape.trace]
+    ("trace", "u8"),  # TraceEvent [num_blocks, TRACE_WRITERS, Shape.trace]
     ("rank", "u4"),
     ("deadline_us", "u4"),  # how long a wait may take
 )
@@ -280,7 +284,7 @@ STRUCTS = {
 ENUMS = (Phase, Wait, Command, Record, Finish, Strategy, Mark, SubmitFlag)
 CONSTANTS = (
     "MAX_RANKS MAX_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS "
-    "ADDER_WARPS NUM_WARPS PART_SLOTS MAX_STOP_IDS "
+    "ADDER_WARPS TRACE_WRITERS NUM_WARPS PART_SLOTS MAX_STOP_IDS "
     "PLAN_HEADER_WORDS PLAN_ROW_WORDS SHARED_MAILBOX_BYTES SHARED_HEADER_BYTES DESCRIPTOR_SLOTS RECORD_SLOTS TOKEN_FROM_ROW ROW_SAMPLES "
     "DESCRIPTOR_MAGIC"
 ).split()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import imex_persist
 from imex_persist.errors import DeviceError, ImexError
@@ -20,10 +21,15 @@ DEMO_TOKENS = 64
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
-        args = _parser().parse_args(argv)
-    except SystemExit as error:  # argparse has said why
-        return int(error.code or 0)
-    try:
+        with _uninterrupted():
+            from imex_persist.front import settings
+
+            parser = _parser()
+        try:
+            args = parser.parse_args(argv)
+        except SystemExit as error:  # argparse has said why
+            return int(error.code or 0)
+        settings.apply(args)
         return args.run(args) or EXIT_DONE
     except (
         ValueError,
@@ -44,13 +50,19 @@ def _fail(error: Exception, code: int) -> int:
     return code
 
 
-def _import_engine() -> None:
-    """Imports what is heavy with Ctrl-C held back: Python's import machinery swallows an interrupt at some moments."""
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back while something heavy is imported: Python's import machinery swallows an interrupt at some moments."""
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        imex_persist.LLM, imex_persist.SamplingParams  # noqa: B018
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _import_engine() -> None:
+    with _uninterrupted():
+        imex_persist.LLM, imex_persist.SamplingParams  # noqa: B018
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -62,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_demo(commands)
+    _add_front(commands)
     return parser
 
 
@@ -71,49 +84,30 @@ def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
     return command
 
 
-def _add_engine_options(command: argparse.ArgumentParser, *, tensor_parallel_size: int = 1) -> None:
-    """The options of every command that starts an engine, named as config.EngineConfig's fields."""
-    add = command.add_argument
-    add(
-        "--tensor-parallel-size",
-        "--tp",
-        type=int,
-        default=tensor_parallel_size,
-        metavar="N",
-        help="ranks (default %(default)s)",
-    )
-    add("--device", default="auto", help="auto, cuda, sim, or with ordinals: cuda:0 puts all ranks on one GPU (default auto)")
-    add("--max-model-len", type=int, metavar="N", help="positions of a sequence, prompt included")
-    add("--max-num-seqs", type=int, metavar="N", help="sequences resident at once")
-    add("--max-rows", type=int, metavar="N", help="rows of a step")
-    add("--kv-cache-memory-bytes", type=int, metavar="N", help="KV cache of a rank")
-    add("--load-format", default="auto", help="auto, or dummy for random weights")
-    add("--seed", type=int, default=0, help="of dummy weights (default 0)")
-    add("--exchange", metavar="STRATEGY", help="all-reduce strategy of steps too large for ONE_SHOT")
-    add("--deadline-s", type=float, metavar="S", help="how long the kernel waits for a peer")
+def _add_engine_options(command: argparse.ArgumentParser, **defaults) -> None:
+    """The options of every command that starts an engine: a flag for each field of config.EngineConfig, and --config."""
+    from imex_persist.front import settings
+
+    settings.add_options(command, **defaults)
 
 
 def _engine(args: argparse.Namespace, model: str):
-    return imex_persist.LLM(
-        model,
-        tensor_parallel_size=args.tensor_parallel_size,
-        device=args.device,
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        max_rows=args.max_rows,
-        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
-        load_format=args.load_format,
-        seed=args.seed,
-        exchange=args.exchange,
-        deadline_s=args.deadline_s,
-    )
+    from imex_persist.front import settings
+
+    return imex_persist.LLM(model, **settings.chosen(args))
+
+
+def _add_front(commands) -> None:
+    from imex_persist.front import commands as front
+
+    front.add_commands(lambda name, run, text: _command(commands, name, run, text))
 
 
 # -------------------------------------------------------------------------------------------------- generate
 def _add_generate(commands) -> None:
     command = _command(commands, "generate", _generate, "Complete a prompt, or several, and print the text.")
     add = command.add_argument
-    add("model", help="a Hugging Face folder, a GGUF file, or smollm2")
+    add("model", nargs="?", help="a Hugging Face folder, a GGUF file, or smollm2 (default $IMEX_MODEL)")
     add("--prompt", action="append", metavar="TEXT", help="may be given several times")
     add("--prompt-token-ids", action="append", metavar="IDS", help="comma-separated token ids instead of text")
     add("--chat", action="store_true", help="the prompt is a user's message, put into the model's chat template")
@@ -127,6 +121,8 @@ def _add_generate(commands) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from imex_persist.front.settings import require_model
+
     _import_engine()
     params = imex_persist.SamplingParams(
         temperature=args.temperature,
@@ -136,7 +132,7 @@ def _generate(args: argparse.Namespace) -> int:
         stop=args.stop,
     )
     prompts = _prompts(args)
-    with _engine(args, args.model) as llm:
+    with _engine(args, require_model(args)) as llm:
         if args.json:
             outputs = llm.chat(prompts, params) if args.chat else llm.generate(prompts, params)
             for output in outputs:
@@ -196,16 +192,17 @@ def _as_json(output) -> dict:
 # -------------------------------------------------------------------------------------------------- demo
 def _add_demo(commands) -> None:
     command = _command(commands, "demo", _demo, "Two ranks answer a question; without a GPU the kernel runs in the simulator.")
-    command.add_argument("--model", default=os.environ.get("MODEL") or "smollm2", help="default: $MODEL, else smollm2")
+    command.add_argument("--model", help="default: $IMEX_MODEL, $MODEL, else smollm2")
     command.add_argument("--prompt", default=DEMO_QUESTION)
-    _add_engine_options(command, tensor_parallel_size=2)
+    _add_engine_options(command, tensor_parallel_size=2, model=os.environ.get("MODEL") or "smollm2")
 
 
 def _demo(args: argparse.Namespace) -> int:
     _import_engine()
+    from imex_persist.runtime.placement import share_one_gpu
     from imex_persist.runtime.startup import decode_strategy
 
-    args.device = _demo_device(args)
+    args.device = share_one_gpu(args.device, args.tensor_parallel_size)
     with _engine(args, args.model) as llm:
         params = imex_persist.SamplingParams(temperature=0.0, max_tokens=DEMO_TOKENS)
         tokenizer = llm.model.tokenizer
@@ -220,16 +217,6 @@ def _demo(args: argparse.Namespace) -> int:
         kind, ranks = llm.group.placement.kind, args.tensor_parallel_size
         print(f"[imex] {kind}, {ranks} rank{'s' * (ranks != 1)}, {decode_strategy(llm.shape)}, {_rate(result)}")
     return EXIT_DONE
-
-
-def _demo_device(args: argparse.Namespace) -> str:
-    """On one capable GPU both ranks share it: the demo is to run everywhere."""
-    if args.device != "auto":
-        return args.device
-    from imex_persist.runtime.discover import MIN_CAPABILITY, find_gpus
-
-    capable = [gpu for gpu in find_gpus() if gpu.capability >= MIN_CAPABILITY]
-    return f"cuda:{capable[0].ordinal}" if 0 < len(capable) < args.tensor_parallel_size else "auto"
 
 
 def _rate(result) -> str:

@@ -15,6 +15,7 @@ from imex_persist.runtime import capacity, inputs, startup, weights
 from imex_persist.runtime.completion import Completion, CompletionStream
 from imex_persist.runtime.engine import Engine
 from imex_persist.runtime.group import Group
+from imex_persist.runtime.peers import check_peers
 from imex_persist.runtime.placement import place_ranks
 from imex_persist.runtime.request import Event, Request, Sink
 from imex_persist.sampling_params import SamplingParams, check_supported
@@ -26,7 +27,7 @@ class LLM:
     """A running engine. Use it as a context manager, or call `close()`.
 
     Keyword arguments are those of `imex_persist.config.EngineConfig`: `tensor_parallel_size`, `device`, `max_model_len`, `max_num_seqs`,
-    `max_rows`, `kv_cache_memory_bytes`, `load_format`, `seed`, `exchange`, `deadline_s`. Raises ValueError for bad settings, DeviceError
+    `max_rows`, `kv_cache_memory_bytes`, `load_format`, `seed`, `exchange`, `deadline_s`, `p2p_level`. Raises ValueError for bad settings, DeviceError
     for a machine that cannot run them, FaultError when the ranks do not come up; nothing is left running then.
     """
 
@@ -34,6 +35,7 @@ class LLM:
         self.config = EngineConfig(model=model, **settings)
         placement = place_ranks(self.config.device, self.config.tensor_parallel_size)
         startup.check_environment(placement)
+        check_peers(self.config.p2p_level, placement)
         self.model = load_model(self.config.model, self.config.load_format, seed=self.config.seed)
         self.max_model_len = capacity.choose_max_model_len(self.config, self.model.config, placement.kind)
         if placement.warning:

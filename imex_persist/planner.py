@@ -60,6 +60,7 @@ def make_shape(
     only_phase: abi.Phase | None = None,
     only_layer: int = 0,
     trace: int = 0,
+    trace_every: int = 1,
 ) -> np.void:
     """The Shape record for `config` (a model.config.ModelConfig) on `world_size` ranks.
 
@@ -90,7 +91,8 @@ def make_shape(
     s["max_splits"] = max(1, min(abi.MAX_SPLITS, num_blocks // kv_heads))
     s["tap"] = tap
     s["only_phase"] = 0 if only_phase is None else 1 + only_phase
-    s["only_layer"], s["trace"] = only_layer, trace
+    s["only_layer"] = only_layer
+    s["trace"], s["trace_every"] = trace, trace_every
     default = abi.Strategy.TWO_SHOT if world_size > 2 else abi.Strategy.ONE_SHOT_LOCAL
     s["strategy"] = default if strategy is None else strategy
 
@@ -187,6 +189,11 @@ def plan_words(rows: int) -> int:
 def num_claims(s) -> int:
     """u32 counters of RankParams.claims."""
     return 2 * (int(s["num_layers"]) * (3 + int(s["down_slices"])) + 1)
+
+
+def trace_bytes(s) -> int:
+    """Bytes of one rank's trace rings, a whole number of pages; 0 when tracing is compiled out."""
+    return round_up(int(s["num_blocks"]) * abi.TRACE_WRITERS * int(s["trace"]) * abi.TraceEvent.itemsize, 4096)
 
 
 def page_bytes(s) -> int:

@@ -31,6 +31,12 @@ DEV char* shared_memory() {
 }
 DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+// The same value, about which the compiler knows nothing: what is computed from it is not kept in registers around the whole loop.
+DEV int fresh(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // ---------------------------------------------------------------------------------------------- numbers
 DEV float bits_float(u32 v) { return __uint_as_float(v); }
 DEV u32 float_bits(float v) { return __float_as_uint(v); }
@@ -104,6 +110,7 @@ struct Waiter {
   u32 layer;
   Phase phase;
   bool failed;  // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
+  u32 word_clocks;  // trace.cuh: waited for words that were not there at the first poll
 };
 // Called every so many failed polls, with when the wait began; true when the wait must end without what it waited for.
 // `idle` waits (for the next plan, and for whoever waits for those who do) have no deadline: only the abort word ends them.
@@ -121,6 +128,10 @@ DEV u32 clock_low() {
   asm volatile("mov.u32 %0, %clock;" : "=r"(t)::"memory");
   return t;
 }
+DEV void stand_still(u32 ns) {
+  for (const u64 began = timer_ns(); timer_ns() - began < ns;) {
+  }
+}
 constexpr u32 kPollsPerCheck = 256;  // the abort word and the clock are looked at this seldom, off the fast path
 
 // Waits until the words at address(0) .. address(count - 1) and their right neighbours all carry `epoch`; payloads in `out`.
@@ -137,6 +148,8 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
     return missing_pairs == 0;
   };
   u64 began_ns = 0;
+  const bool late = shape().trace && !ready();
+  const u32 began = late ? clock_low() : 0;
   for (u32 polls = 0; !ready() && !w.failed;) {
     if (++polls % kPollsPerCheck) continue;
     if (!began_ns) began_ns = timer_ns();
@@ -146,6 +159,7 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
     const u32 tag = (u32)(there[0] >> 32);
     w.failed = give_up(w.params, w.phase, w.layer, kind, idle, source(first), epoch, tag == epoch ? (u32)(there[1] >> 32) : tag, began_ns);
   }
+  if (late) w.word_clocks += clock_low() - began;
   UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < 2; j++) out[i][j] = i < count ? (u32)word[i][j] : 0;
 }
 DEV void mailbox_pause(u32 idle_polls) {  // between two looks at the descriptor ring; sleeps only after about 1 ms without news
@@ -247,40 +261,41 @@ DEV void accum_zero(Accum& acc) {
 // tile: bf16 [chunks, 8, 32]; x: bf16 [chunks, max_rows, 32]; rows: how many of max_rows are live.
 DEV void accum_multiply(Accum& acc, const char* tile, const char* x, int first, int step, int chunks, int rows) {
   constexpr int kRows = shape().max_rows;
-  const int lane = lane_index(), row = lane / 4, quarter = lane % 4;
+  // A lane beyond the live rows takes the last one's activations again: no branch, no bank conflict, and its sums are not stored.
+  const int lane = lane_index(), low_row = min(lane / 4, rows - 1), high_row = min(lane / 4 + 8, rows - 1);
   const uint4* w = (const uint4*)tile + lane;  // lane (n, quarter) of a chunk: 8 consecutive k of output row n
-  const uint4* a = (const uint4*)x + quarter;
+  const uint4* a = (const uint4*)x + lane % 4;
   UNROLL for (int j = 0; j < kTileK / 32 / kConsumerWarps; j++) {  // a constant count, so that the chains stay in registers
     const int c = first + j * step;
     if (c >= chunks) continue;
     const uint4 b = w[c * 32], zero = {0, 0, 0, 0};
     // The k order inside a chunk is the same permutation for both operands, so any fixed one is right.
-    const uint4 low = kRows == 1 ? a[c * 4] : (row < rows ? a[(c * kRows + row) * 4] : zero);
-    const uint4 high = kRows <= 8 ? zero : (row + 8 < rows ? a[(c * kRows + row + 8) * 4] : zero);
+    const uint4 low = a[(c * kRows + low_row) * 4], high = kRows <= 8 ? zero : a[(c * kRows + high_row) * 4];
     mma_bf16(acc.c[2 * j % 4], low.x, high.x, low.y, high.y, b.x, b.y);
     mma_bf16(acc.c[2 * j % 4 + 1], low.z, high.z, low.w, high.w, b.z, b.w);
   }
 }
 // A warp's share of the activations a phase multiplies with. Every unit needs the same, so they stay in registers where those of the
 // widest phase fit: reading them again for each tile would double the traffic of shared memory.
-constexpr u32 widest(u32 a, u32 b, u32 c) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
+DEV constexpr u32 widest(u32 a, u32 b, u32 c) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 struct Operand {
   static constexpr int kPerTile = kTileK / 32 / kConsumerWarps;
   static constexpr int kWidest = widest(shape().hidden_size, shape().num_heads * shape().head_dim, shape().intermediate_size / shape().down_slices);
   static constexpr bool kHeld = kWidest <= 4 * kTileK && shape().max_rows <= 8;
   static constexpr int kTiles = kHeld ? (kWidest + kTileK - 1) / kTileK : 1;  // tiles whose activations are held at once
+  static constexpr bool kWhole = (shape().hidden_size | shape().num_heads * shape().head_dim | shape().intermediate_size / shape().down_slices) % kTileK == 0;
   const char* memory;
   uint4 x[kTiles * kPerTile];
 };
 // x: bf16 [chunks, max_rows, 32].
 DEV void operand_load(Operand& operand, const char* x, int chunks, int warp, int rows) {
   constexpr int kRows = shape().max_rows;
-  const int row = lane_index() / 4, quarter = lane_index() % 4;
+  const int row = min(lane_index() / 4, rows - 1), quarter = lane_index() % 4;  // see accum_multiply
   operand.memory = x;
   UNROLL for (int i = 0; i < Operand::kTiles * Operand::kPerTile && Operand::kHeld; i++) {
     const int c = i / Operand::kPerTile * (kTileK / 32) + i % Operand::kPerTile * kConsumerWarps + warp;
     operand.x[i] = {0, 0, 0, 0};
-    if (c < chunks && (kRows == 1 || row < rows)) operand.x[i] = ((const uint4*)x)[(c * kRows + (kRows == 1 ? 0 : row)) * 4 + quarter];
+    if (c < chunks) operand.x[i] = ((const uint4*)x)[(c * kRows + row) * 4 + quarter];
   }
 }
 // Adds tile number `t` of a unit of `chunks` chunks; `held` is t where the operand holds all tiles (a constant after unrolling).
@@ -290,7 +305,7 @@ DEV void accum_multiply(Accum& acc, const char* tile, const Operand& operand, in
   const uint4* w = (const uint4*)tile + lane_index();
   UNROLL for (int j = 0; j < Operand::kPerTile; j++) {
     const int c = warp + j * kConsumerWarps;
-    if (c >= count) continue;  // a unit's last tile may be short
+    if (!Operand::kWhole && c >= count) continue;  // a unit's last tile may be short
     const uint4 b = w[c * 32], a = operand.x[held * Operand::kPerTile + j];
     mma_bf16(acc.c[2 * j % 4], a.x, 0, a.y, 0, b.x, b.y);
     mma_bf16(acc.c[2 * j % 4 + 1], a.z, 0, a.w, 0, b.z, b.w);
@@ -320,13 +335,12 @@ DEV void flash_zero(Flash& f) {
 // 16-byte load, and the scores of its four K units are exactly the operand it needs for V: no shared memory in between.
 DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int heads, int valid, float scale) {
   constexpr int kDim = shape().head_dim;
-  const int lane = lane_index(), row = lane / 4, quarter = lane % 4;
-  const uint4 zero = {0, 0, 0, 0};
+  const int lane = lane_index(), quarter = lane % 4, low_head = min(lane / 4, heads - 1), high_head = min(lane / 4 + 8, heads - 1);
   float s[4][4];
   UNROLL for (int u = 0; u < 4; u++) UNROLL for (int j = 0; j < 4; j++) s[u][j] = 0.f;
   UNROLL for (int c = 0; c < kDim / 32; c++) {
-    const uint4 low = row < heads ? ((const uint4*)q)[(c * heads + row) * 4 + quarter] : zero;
-    const uint4 high = row + 8 < heads ? ((const uint4*)q)[(c * heads + row + 8) * 4 + quarter] : zero;
+    const uint4 low = ((const uint4*)q)[(c * heads + low_head) * 4 + quarter];  // a head beyond the last is computed and not stored
+    const uint4 high = ((const uint4*)q)[(c * heads + high_head) * 4 + quarter];
     UNROLL for (int u = 0; u < 4; u++) {
       const uint4 b = ((const uint4*)chunk)[(u * (kDim / 32) + c) * 32 + lane];
       mma_bf16(s[u], low.x, high.x, low.y, high.y, b.x, b.y);

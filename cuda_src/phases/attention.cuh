@@ -127,7 +127,7 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
   consumer_sync();  // the activations have been read: the item takes their place
   gather_item(b, item, epoch);
   if (!all_well(b)) return false;
-  mark(b, Mark::kInput);
+  mark(b, Mark::kInput, take_word_clocks(b));
 
   Flash flash;
   flash_zero(flash);
@@ -135,18 +135,15 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
   for (int page = item.first_page; page < item.end_page; page++) {
     wait_stage(b);
     if (b.waiter.failed) break;
-    for (int c = 0; c < page_chunks; c++) {
+    ROLLED for (int c = 0; c < page_chunks; c++) {
       const int chunk = page * page_chunks + c, first = chunk * kChunk;
       if (chunk % kConsumerWarps != b.warp || first > position) continue;
       char* at = ring_stage(b, b.ring.stage) + c * chunk_bytes();
       const int valid = smaller(kChunk, position + 1 - first);
-      if (item.in_step && first + kChunk > position + 1 - item.in_step) {
-        complete_chunk(b, item, at, first, valid);
-        flash_chunk(flash, item_query(b), at, item.heads, valid, shape().attn_scale);
-        fence_async_shared();  // this warp's plain writes to the stage, before a later bulk copy into it
-      } else {
-        flash_chunk(flash, item_query(b), at, item.heads, valid, shape().attn_scale);
-      }
+      const bool completes = item.in_step && first + kChunk > position + 1 - item.in_step;
+      if (completes) complete_chunk(b, item, at, first, valid);
+      flash_chunk(flash, item_query(b), at, item.heads, valid, shape().attn_scale);
+      if (completes) fence_async_shared();  // this warp's plain writes to the stage, before a later bulk copy into it
     }
     release_stage(b);
   }
@@ -229,9 +226,12 @@ DEV bool attention(Block& b) {
   mark(b, Mark::kBegin);
   const u32 epoch = layer_epoch(b.step, b.waiter.layer);
   Item item;
-  for (int i = first_item(b); find_item(b, i, item); i += shape().num_blocks)
+  u32 pages = 0;
+  for (int i = first_item(b); find_item(b, i, item); i += shape().num_blocks) {
     if (!attend(b, item, epoch)) return false;
-  mark(b, Mark::kReady);
+    pages += item.end_page - item.first_page;
+  }
+  mark(b, Mark::kReady, pages);
   merge_splits(b, epoch);  // after all items of this block: no block waits for a run while one of its own is still to come
   mark(b, Mark::kEnd, take_tile_clocks(b));
   b.waiter.phase = Phase::kQkv;

@@ -24,7 +24,7 @@ DEV bool embed(Block& b) {
     }
     put_row_sum(b, row, squares);
   }
-  mark(b, Mark::kEnd);
+  mark(b, Mark::kEnd, rows);
   return all_well(b);
 }
 

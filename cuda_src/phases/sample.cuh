@@ -26,6 +26,7 @@ DEV bool sample(Block& b) {
       });
   fence_gpu();  // the KV rule, reader's side: each thread for the words it read; the barriers below and step_begin carry it on
   if (!all_well(b)) return false;
+  mark(b, Mark::kInput, take_word_clocks(b));
   for (int row = b.thread; row < rows; row += kConsumerThreads) {
     u64 k = 0;
     for (int w = 0; w < kConsumerWarps; w++) k = b.shared->best[row][w] > k ? b.shared->best[row][w] : k;
@@ -33,7 +34,7 @@ DEV bool sample(Block& b) {
   }
   consumer_sync();
   if (b.thread == 0) mbar_arrive(&b.shared->step_end[b.step & 1]);  // only rank 0's block 0 has a mailbox that listens
-  mark(b, Mark::kEnd, take_tile_clocks(b));
+  mark(b, Mark::kEnd);
   return true;
 }
 

@@ -165,6 +165,7 @@ bool park_wait(Park kind, const WaitNote& note);  // true: woken to ask give_up
 void wake_pair(const void* address);
 void maybe_yield();
 void pause_idle();
+void stand_still(u64 ns);
 u64 now_ns();
 [[noreturn]] void misuse(const char* format, ...);  // ends the launch with a report
 inline void point() {                               // where a schedule may change

@@ -38,6 +38,8 @@ DEV int lane_index() { return LANES == 1 ? 0 : (int)sim::machine.current->lane; 
 DEV char* shared_memory() { return sim::machine.current->block->shared; }
 DEV u32 shared_address(const void* p) { return (u32)((const char*)p - shared_memory()); }
 
+DEV int fresh(int v) { return v; }
+
 // ---------------------------------------------------------------------------------------------- numbers
 DEV float bits_float(u32 v) {
   float f;
@@ -156,12 +158,14 @@ struct Waiter {
   u32 layer;
   Phase phase;
   bool failed;  // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
+  u32 word_clocks;  // trace.cuh: waited for words that were not there at the first poll
 };
 // Called when the deadline has passed or the rank was aborted; true when the wait must end without what it waited for.
 DEV bool give_up(const RankParams* params, Phase phase, u32 layer, Wait kind, bool idle, u32 source, u32 expected, u32 seen,
                  u64 began_ns);
 DEV u64 timer_ns() { return sim::now_ns(); }
 DEV u32 clock_low() { return (u32)timer_ns(); }  // a clock of 1 GHz
+DEV void stand_still(u32 ns) { sim::stand_still(ns); }
 
 // One stay in the parking lot; true when give_up has ended the wait.
 DEV_CALL bool park_once(Waiter& w, sim::Park how, sim::WaitNote& note) {
@@ -193,13 +197,19 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
     return first;
   };
   sim::point();
-  while ((note.address = missing()) && !w.failed)
+  const u32 began = shape().trace ? clock_low() : 0;
+  bool late = false;
+  while ((note.address = missing()) && !w.failed) {
+    late = true;
     if (park_once(w, sim::Park::kWord, note)) break;
+  }
+  if (late && shape().trace) w.word_clocks += clock_low() - began;
   if (sim::kTsan)
     for (int i = 0; i < 2 * count; i++) sim::tsan_word_awaited(address(i / 2) + i % 2);
   for (int i = 0; i < N; i++)
     for (int j = 0; j < 2; j++) out[i][j] = i < count ? (u32)word[i][j] : 0;
 }
+constexpr u32 kPollsPerCheck = 8;  // the mailbox looks at the abort and stop words this seldom
 DEV void mailbox_pause(u32) { sim::pause_idle(); }
 
 // ---------------------------------------------------------------------------------------------- inside a block

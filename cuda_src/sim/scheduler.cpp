@@ -276,6 +276,10 @@ void pause_idle() {
   park(Park::kIdle);
 }
 
+void stand_still(u64 ns) {
+  for (const u64 end = now_ns() + ns; now_ns() < end;) leave();
+}
+
 void fail_launch(int status) {
   machine.status = status;
   void* nowhere;

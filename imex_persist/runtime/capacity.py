@@ -28,6 +28,8 @@ def choose_shape(config: EngineConfig, model, machine: planner.Machine, kind: st
         "max_model_len": max_model_len,
         "machine": machine,
         "strategy": None if config.exchange is None else abi.Strategy[config.exchange],
+        "trace": config.trace_events,
+        "trace_every": config.trace_every,
     }
     shape = _fit_rows(config, model, options)
     page_total = planner.kv_bytes(shape) // int(shape["num_pages"])  # one page of every layer and KV head

@@ -248,9 +248,11 @@ class Engine:
 
     def _record(self, record: RecordEntry) -> None:
         request = self._resident.get(record.request)
-        if request is None or record.kind == abi.Record.ACK:
+        if request is None:
             return
-        if record.kind == abi.Record.TOKEN:
+        if record.kind == abi.Record.ACK:
+            request.seen_device_ns = request.seen_device_ns or record.time_ns
+        elif record.kind == abi.Record.TOKEN:
             reason = FINISH_REASONS.get(record.finish)
             cancelled = record.finish == abi.Finish.CANCELLED  # carries no token of its own
             if not cancelled:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from imex_persist import errors
+from imex_persist import errors, planner
 from imex_persist.log import log
 from imex_persist.planner import Machine
 from imex_persist.runtime import capacity, faults, shared
@@ -51,6 +51,8 @@ class Group:
         self._watcher: Watcher | None = None
         self._mailbox_fd = shared.reserve()
         self._mailbox_block: SharedBlock | None = None
+        self._trace_fd = shared.reserve()
+        self.trace: SharedBlock | None = None  # the trace rings of all ranks, planner.trace_bytes each
         self._faults = SharedBlock.create(faults.fault_bytes(self.world_size))
         self._closed = False
 
@@ -59,7 +61,7 @@ class Group:
         """Starts the processes and opens their machines."""
         try:
             for place in self.placement.places:
-                self.workers.append(WorkerProcess(place, (self._mailbox_fd, self._faults.fd), self._command))
+                self.workers.append(WorkerProcess(place, (self._mailbox_fd, self._faults.fd, self._trace_fd), self._command))
             common = {"world_size": self.world_size, "deadline_s": self.deadline_s}
             replies = self._step("open", lambda w: {**common, **_place_fields(w)})
             self.machines = [Machine(**reply["machine"]) for reply in replies]
@@ -87,6 +89,8 @@ class Group:
         layout = ArenaLayout(int(shape["num_slots"]), max_model_len, int(shape["pages_per_slot"]))
         self._mailbox_block = SharedBlock.allocate(self._mailbox_fd, layout.nbytes)
         self.mailbox = Mailbox(self._mailbox_block.view, layout)
+        if shape["trace"]:
+            self.trace = SharedBlock.allocate(self._trace_fd, planner.trace_bytes(shape) * self.world_size)
         self._step(
             "connect",
             lambda w: {
@@ -96,6 +100,8 @@ class Group:
                 "mailbox_bytes": self._mailbox_block.nbytes,
                 "fault_fd": self._faults.fd,
                 "fault_bytes": self._faults.nbytes,
+                "trace_fd": self._trace_fd,
+                "trace_bytes": self.trace.nbytes if self.trace else 0,
             },
         )
         nonce = {"nonce": secrets.randbits(48)}
@@ -196,6 +202,10 @@ class Group:
                 self._mailbox_block.close()
             else:
                 shared.discard(self._mailbox_fd)
+            if self.trace is not None:
+                self.trace.close()
+            else:
+                shared.discard(self._trace_fd)
             self._faults.close()
 
 

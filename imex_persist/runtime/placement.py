@@ -37,7 +37,7 @@ def place_ranks(device: str, world_size: int, gpus: list[Gpu] | None = None) -> 
     """Raises ValueError for a device that cannot be parsed or does not exist, DeviceError for a GPU whose packages are missing."""
     if not isinstance(world_size, int) or isinstance(world_size, bool) or not 1 <= world_size <= abi.MAX_RANKS:
         raise ValueError(f"tensor_parallel_size is {world_size!r}: 1 to {abi.MAX_RANKS} is allowed")
-    kind, ordinals = _parse(device)
+    kind, ordinals = parse_device(device)
     warning = None
     if kind == "auto":
         gpus = find_gpus() if gpus is None else gpus
@@ -65,7 +65,8 @@ def place_ranks(device: str, world_size: int, gpus: list[Gpu] | None = None) -> 
     return Placement(tuple(Place("cuda", g.ordinal, ranks, g.uuid, g.name) for g, ranks in zip(chosen, divided, strict=True)))
 
 
-def _parse(device: str) -> tuple[str, list[int]]:
+def parse_device(device: str) -> tuple[str, list[int]]:
+    """(kind, ordinals) of a `device` setting. Raises ValueError for one that means nothing."""
     kind, colon, rest = device.partition(":") if isinstance(device, str) else ("", "", "")
     ordinals = [part.strip() for part in rest.split(",")] if colon else []
     if kind not in ("auto", "cuda", "sim") or (kind == "auto" and colon) or not all(part.isdigit() for part in ordinals):
@@ -76,6 +77,14 @@ def _parse(device: str) -> tuple[str, list[int]]:
     if len(set(numbers)) != len(numbers):
         raise ValueError(f"device is {device!r}: each ordinal may be named once, ranks are divided among them")
     return kind, numbers
+
+
+def share_one_gpu(device: str, world_size: int, gpus: list[Gpu] | None = None) -> str:
+    """`device`, or on "auto" the one capable GPU if all ranks have to share it: for what is to run everywhere."""
+    if device != "auto":
+        return device
+    capable = [gpu for gpu in (find_gpus() if gpus is None else gpus) if gpu.capability >= MIN_CAPABILITY]
+    return f"cuda:{capable[0].ordinal}" if 0 < len(capable) < world_size else "auto"
 
 
 def _choose(device: str, gpus: list[Gpu], ordinals: list[int], world_size: int) -> list[Gpu]:

@@ -58,15 +58,15 @@ class RankMemory:
                 )
         self.device.upload(self.symmetric, 0, np.zeros(len(self.peers) * VERIFY_WORD, np.uint8))
 
-    def params(self, *, mailbox: int, fault: int, deadline_us: int) -> np.void:
-        """The abi.RankParams of this rank; `mailbox` and `fault` are addresses as the kernel sees them, `mailbox` 0 beside rank 0."""
+    def params(self, *, mailbox: int, fault: int, deadline_us: int, trace: int = 0) -> np.void:
+        """The abi.RankParams of this rank; `mailbox`, `fault` and `trace` are addresses as the kernel sees them, `mailbox` 0 beside rank 0."""
         out = np.zeros((), abi.RankParams)
         for name in WEIGHTS:
             out[name] = self.weights[name].address
         out["kv"], out["page_table"], out["claims"] = self.kv.address, self.page_table.address, self.claims.address
         for rank, peer in self.peers.items():
             out["peers"][rank] = peer.address
-        out["mailbox"], out["fault"] = mailbox, fault
+        out["mailbox"], out["fault"], out["trace"] = mailbox, fault, trace
         out["rank"], out["deadline_us"] = self.rank, deadline_us
         return out[()]
 

@@ -44,6 +44,7 @@ class Request:
     submission: Submission
     sink: Sink | None = None
     events: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue, repr=False)
+    seen_device_ns: int | None = None  # device clock when the kernel took the descriptor
     arrival: float = field(default_factory=time.perf_counter)
     slot: int = -1  # -1 while it waits
     pages: list[int] = field(default_factory=list, repr=False)

@@ -12,6 +12,7 @@ import numpy as np
 
 from imex_persist import abi
 from imex_persist.runtime.group import Group
+from imex_persist.runtime.peers import describe_peers
 from imex_persist.runtime.placement import Placement
 
 
@@ -25,7 +26,7 @@ def lines(shape: np.void, group: Group) -> list[str]:
     """The log lines of a resident group."""
     world = int(shape["world_size"])
     out = [f"world size: {world}, rank: {rank}" for rank in range(world)]
-    out.append(f"topology: {_topology(group)}")
+    out.append(f"topology: {describe_peers(group.placement.places)}")
     if world == 1:
         out.append("exchange: not needed (one rank)")
     else:
@@ -48,15 +49,6 @@ def describe_strategy(shape: np.void) -> str:
 def decode_strategy(shape: np.void) -> str:
     """The strategy of a step of one row."""
     return "ONE_SHOT" if int(shape["one_shot_rows"]) >= 1 else abi.Strategy(int(shape["strategy"])).name
-
-
-def _topology(group: Group) -> str:
-    places = group.placement.places
-    if group.placement.kind == "sim":
-        return "simulated"
-    if len(places) == 1:
-        return f"one GPU ({places[0].name}), {len(places[0].ranks)} rank(s)"
-    return f"{len(places)} GPUs ({places[0].name}), peer access verified"
 
 
 @contextlib.contextmanager

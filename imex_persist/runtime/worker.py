@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 
+from imex_persist import planner
 from imex_persist.errors import ImexError
 from imex_persist.planner import Machine
 from imex_persist.runtime import capacity, faults
@@ -77,6 +78,10 @@ class Worker:
         self.mailbox = Mailbox(block.view, ArenaLayout(**m["layout"]))
         mailbox_address = self.device.map_host(block.view) if 0 in self.ranks else 0
         fault_address = self.device.map_host(self.faults.view)
+        trace_address, trace_bytes = 0, planner.trace_bytes(self.shape)
+        if trace_bytes:
+            self.trace = SharedBlock.attach(m["trace_fd"], m["trace_bytes"])
+            trace_address = self.device.map_host(self.trace.view)
         handles = {int(rank): handle for rank, handle in m["handles"].items()}
         for memory in self.memory.values():
             memory.connect(handles, self.memory)
@@ -86,6 +91,7 @@ class Worker:
                     mailbox=mailbox_address if rank == 0 else 0,
                     fault=fault_address + faults.fault_offset(rank),
                     deadline_us=round(self.deadline_s * 1e6),
+                    trace=trace_address + rank * trace_bytes if trace_bytes else 0,
                 )
                 for rank, memory in sorted(self.memory.items())
             ]

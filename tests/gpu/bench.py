@@ -38,6 +38,8 @@ def make_shape(**fields: int) -> np.void:
         "hidden_size": 256,
         "num_heads": 4,
         "num_kv_heads": 2,
+        "intermediate_size": 256,
+        "down_slices": 1,
         "smem_bytes": 96 * 1024,
     } | fields
     for name, value in given.items():

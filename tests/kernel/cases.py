@@ -6,6 +6,7 @@ what all of them together cover.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from imex_persist.abi import Phase, Strategy
 from imex_persist.model.config import ModelConfig
 from imex_persist.planner import Machine
 
-NUM_CASES = 24
+NUM_CASES = 48
 SEED = 1
 MAX_MODEL_LEN = 704  # beyond 256 positions, where a context is cut into runs
 HEAD_DIMS = (64, 40, 128, 32, 100, 80, 96, 48)
@@ -167,6 +168,18 @@ def only(case: Case, phase: Phase) -> tuple[Case, dict]:
     case = case.with_layers(2) if phase == Phase.QKV else case
     tap = phase in (Phase.EMBED, Phase.LM_HEAD)  # the residual is nowhere else; nor are all logits
     return case, {"only_phase": phase, "only_layer": case.config.num_hidden_layers - 1, "tap": tap}
+
+
+def uses(kernels: Callable[..., list[tuple[Case, dict]]]):
+    """Marks a test with the kernels it loads: `kernels(**its parameters)` gives cases and make_shape's options. Where every shape is
+    a build of its own, they are built beforehand, many at a time (tests/gpu/test_kernel.py).
+    """
+
+    def mark(test):
+        test.kernels = kernels
+        return test
+
+    return mark
 
 
 def exchange_of(case: Case) -> abi.Strategy:

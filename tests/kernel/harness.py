@@ -79,7 +79,7 @@ class KernelRun:
 
     # ------------------------------------------------------------------ the whole model, by descriptors written beforehand
     def decode(self, requests: list[dict]) -> list[list[int]]:
-        """Tokens of each request {prompt, max_tokens, min_tokens=0, stop=()}: all descriptors are written, then the kernel runs and returns."""
+        """Tokens of each request {prompt, max_tokens, min_tokens=0, stop=()}: all descriptors are written, then the kernel runs."""
         mailbox = self.host[: abi.Mailbox.itemsize].view(abi.Mailbox)[0]
         arena = self.host[abi.Mailbox.itemsize :].view(np.uint32)
         page, at, next_page = int(self.shape["page_size"]), 0, 0

@@ -12,7 +12,7 @@ def key_places(dim: int, positions: np.ndarray) -> np.ndarray:
     """Index in a page, in values, of each dim of the key of each position in the page: [positions, dim]."""
     chunk, p = np.divmod(np.asarray(positions)[:, None], CHUNK)
     d = np.arange(dim)
-    unit, n = p % 8 // 2, 2 * (p // 8) + p % 2  # the scores of unit's tile must end up with the lane that weighs these positions
+    unit, n = p % 8 // 2, 2 * (p // 8) + p % 2  # so that a unit's scores end up with the lane that weighs these positions
     return chunk * 2 * CHUNK * dim + ((unit * (dim // 32) + d // 32) * 8 + n) * 32 + d % 32
 
 

@@ -13,11 +13,18 @@ from imex_persist.abi import Phase, Strategy
 from imex_persist.model.bf16 import to_bits, to_float32
 
 from . import tolerance
-from .cases import CASES, NUM_CASES, exchange_of, only
+from .cases import CASES, NUM_CASES, exchange_of, only, uses
 from .phase_run import PhaseRun
 from .tolerance import Bounded, check
 
-EVERY_CASE = pytest.mark.parametrize("index", range(NUM_CASES))
+
+def every_case(phase: Phase):
+    """Runs a test of `phase` on every case."""
+
+    def mark(test):
+        return pytest.mark.parametrize("index", range(NUM_CASES))(uses(lambda index: [only(CASES[index], phase)])(test))
+
+    return mark
 
 
 def make_run(make_device, index: int, phase: Phase) -> PhaseRun:
@@ -40,7 +47,7 @@ def normed(p: PhaseRun, rank: int, index: int, residual: np.ndarray) -> Bounded:
     return tolerance.normed(residual, p.models[rank].norms[index], float(p.shape["rms_eps"]), p.size("norm_size"))
 
 
-@EVERY_CASE
+@every_case(Phase.EMBED)
 def test_embed(make_device, index):
     p = make_run(make_device, index, Phase.EMBED)
     p.launch()
@@ -49,7 +56,7 @@ def test_embed(make_device, index):
         np.testing.assert_array_equal(p.run.tap_of(rank, Phase.EMBED)[: p.rows], expected)
 
 
-@EVERY_CASE
+@every_case(Phase.QKV)
 def test_qkv(make_device, index):
     p = make_run(make_device, index, Phase.QKV)
     residual = p.put_partials("off_down_part", p.size("down_slices"), p.epoch - 1)
@@ -64,7 +71,7 @@ def test_qkv(make_device, index):
         check(f"qkv of rank {rank}", got, expected, "bfloat16")
 
 
-@EVERY_CASE
+@every_case(Phase.ATTENTION)
 def test_attention(make_device, index):
     p = make_run(make_device, index, Phase.ATTENTION)
     heads, kv_heads, dim = (p.size(k) for k in ("num_heads", "num_kv_heads", "head_dim"))
@@ -93,7 +100,7 @@ def test_attention(make_device, index):
     assert p.raw(0, "off_split", split_words)[1].any() == long, "contexts are cut above 256 positions, and only there"
 
 
-@EVERY_CASE
+@every_case(Phase.O_PROJ)
 def test_o_proj(make_device, index):
     p = make_run(make_device, index, Phase.O_PROJ)
     inputs = [p.put_bf16(rank, "off_attn", p.size("num_heads") * p.size("head_dim")) for rank in p.ranks]
@@ -104,7 +111,7 @@ def test_o_proj(make_device, index):
         check(f"o_proj of rank {rank}", got[rank], tolerance.product(x, p.models[rank].matrices("o_proj", p.layer)[0]))
 
 
-@EVERY_CASE
+@every_case(Phase.GATE_UP)
 def test_gate_up(make_device, index):
     p = make_run(make_device, index, Phase.GATE_UP)
     residual = p.put_partials("off_o_part", 1, p.epoch)
@@ -116,7 +123,7 @@ def test_gate_up(make_device, index):
         check(f"gate_up of rank {rank}", p.get_bf16(rank, "off_gate", p.size("intermediate_size")), expected, "bfloat16")
 
 
-@EVERY_CASE
+@every_case(Phase.DOWN_PROJ)
 def test_down_proj(make_device, index):
     p = make_run(make_device, index, Phase.DOWN_PROJ)
     slices, width = p.size("down_slices"), p.size("intermediate_size")
@@ -163,7 +170,7 @@ def check_candidates(p: PhaseRun, expected: list[Bounded]) -> None:
         assert np.all(best[:, None] >= least), f"rank {rank} missed a better candidate"
 
 
-@EVERY_CASE
+@every_case(Phase.LM_HEAD)
 def test_lm_head(make_device, index):
     p = make_run(make_device, index, Phase.LM_HEAD)
     last = p.size("num_layers")
@@ -182,7 +189,7 @@ def test_lm_head(make_device, index):
     check_candidates(p, expected)
 
 
-@EVERY_CASE
+@every_case(Phase.SAMPLE)
 def test_sample(make_device, index):
     """The token is in shared memory only: it is seen through the mailbox, which hands out the last row of a prompt of `rows` tokens.
 

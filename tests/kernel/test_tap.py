@@ -16,6 +16,7 @@ from imex_persist.model.reference import RankModel
 from imex_persist.model.rope import rope_table
 
 from . import tolerance
+from .cases import uses
 from .pages import Pages
 from .phase_run import FLOAT64
 from .tolerance import Bounded, check
@@ -123,6 +124,7 @@ class Tapped:
 
 @pytest.mark.parametrize("phase", TAPPED, ids=lambda phase: phase.name.lower())
 @pytest.mark.parametrize("index", range(0, NUM_MODELS, 3))
+@uses(lambda index, phase: [(MODELS[index], {"tap": True})])
 def test_tap(make_device, index, phase):
     tapped = Tapped(make_device, index)
     layers = 1 if phase in (Phase.EMBED, Phase.LM_HEAD) else tapped.size("num_layers")

@@ -15,6 +15,7 @@ from imex_persist.abi import Finish, Phase, Strategy
 from imex_persist.model.dummy import DummyWeights
 from imex_persist.model.weights import DictWeights, tensor_shapes
 
+from .cases import Case, uses
 from .whole import (
     MODELS,
     NUM_MODELS,
@@ -24,10 +25,13 @@ from .whole import (
     reference_logits,
     run_whole,
     same_bits,
+    with_options,
 )
 
 EVERY_MODEL = pytest.mark.parametrize("index", range(NUM_MODELS))
 SOME_MODELS = pytest.mark.parametrize("index", range(0, NUM_MODELS, 2))
+PLAIN = uses(lambda index: [(MODELS[index], {})])
+TAPPED = uses(lambda index: [(MODELS[index], {"tap": True})])
 WEAK = {"mode": "random", "delay": True, "stalls": True}  # a memory model and a schedule as hostile as a GPU's, or more
 
 
@@ -40,6 +44,7 @@ def requests_of(case) -> list[dict]:
 
 
 @EVERY_MODEL
+@PLAIN
 def test_tokens(make_device, index):
     requests = requests_of(MODELS[index])
     run = run_whole(make_device, MODELS[index], requests)
@@ -49,6 +54,7 @@ def test_tokens(make_device, index):
 
 
 @SOME_MODELS
+@PLAIN
 def test_stop_tokens(make_device, index):
     """The end token is the last one handed out; what the kernel had begun by then is dropped, and min_tokens puts it off."""
     case = MODELS[index]
@@ -67,6 +73,7 @@ def test_stop_tokens(make_device, index):
 
 
 @SOME_MODELS
+@TAPPED
 def test_logits(make_device, index):
     """The full logits of a request's last step."""
     case = MODELS[index]
@@ -78,10 +85,13 @@ def test_logits(make_device, index):
     assert run.tokens[0][-1] == run.logits()[0].argmax()
 
 
+LONG = with_options(replace(MODELS[4], num_blocks=4), max_rows=16, world_size=2)
+
+
+@uses(lambda: [(LONG, {"tap": True})])
 def test_long_context(make_device):
     """A prompt whose last positions attend to runs that are merged, over several pages, chunk after chunk."""
-    case = replace(MODELS[4], num_blocks=4)
-    case = replace(case, options=case.options | {"max_rows": 16, "world_size": 2})
+    case = LONG
     run = run_whole(make_device, case, [{"prompt": prompt_of(case, 270), "max_tokens": 3}], tap=True)
     assert run.shape["max_splits"] > 1
     assert run.words(0, "off_split", int(run.shape["off_attn"] - run.shape["off_split"])).any()
@@ -92,6 +102,7 @@ def test_long_context(make_device):
 
 # ------------------------------------------------------------------------------------------------ not a bit
 @SOME_MODELS
+@TAPPED
 def test_same_run_twice(make_device, index):
     """Also under another schedule: late stores and copies, halves of words, blocks that stand still."""
     case = MODELS[index]
@@ -103,6 +114,7 @@ def test_same_run_twice(make_device, index):
 
 
 @EVERY_MODEL
+@PLAIN
 def test_tokens_under_any_schedule(make_device, index):
     """Several requests: when each is admitted depends on the schedule, their tokens do not, and their keys and values neither."""
     case = MODELS[index]
@@ -122,12 +134,16 @@ def company(case, length: int) -> list[dict]:
     ]
 
 
+def with_room_for_two(index: int) -> Case:
+    case = MODELS[index]
+    return with_options(case, max_rows=2, num_slots=2, one_shot_rows=1) if case.options["num_slots"] < 2 else case
+
+
 @SOME_MODELS
+@uses(lambda index: [(with_room_for_two(index), {"tap": tap}) for tap in (False, True)])
 def test_alone_and_in_company(make_device, index):
     """Token for token, and in the last step bit for bit."""
-    case = MODELS[index]
-    if case.options["num_slots"] < 2:
-        case = replace(case, options=case.options | {"max_rows": 2, "num_slots": 2, "one_shot_rows": 1})
+    case = with_room_for_two(index)
     together = run_whole(make_device, case, company(case, 6), tap=True)
     for i, request in enumerate(company(case, 6)):
         alone = run_whole(make_device, case, [request], tap=True)
@@ -140,36 +156,49 @@ def test_alone_and_in_company(make_device, index):
         assert run_whole(make_device, case, [request]).tokens[0] == together.tokens[i]
 
 
+def ways(index: int) -> list[tuple[Case, dict]]:
+    """All ways of exchange: the same for all steps, or ONE_SHOT for small ones."""
+    case = with_options(MODELS[index], world_size=max(2, MODELS[index].options["world_size"]))
+    rows, local, two_shot = case.options["max_rows"], Strategy.ONE_SHOT_LOCAL, Strategy.TWO_SHOT
+    most = ((local, rows), (local, 0), (two_shot, 0), (two_shot, rows // 2))
+    return [(case, {"tap": True, "strategy": strategy, "one_shot_rows": n}) for strategy, n in most]
+
+
 @SOME_MODELS
+@uses(ways)
 def test_strategies_agree(make_device, index):
     """Sums are added in one order whoever adds them."""
-    case = MODELS[index]
-    case = replace(case, options=case.options | {"world_size": max(2, case.options["world_size"])})
-    one = [{"prompt": prompt_of(case, case.options["max_rows"] + 1), "max_tokens": 4}]
-    rows = case.options["max_rows"]
-    ways = [(Strategy.ONE_SHOT_LOCAL, rows), (Strategy.ONE_SHOT_LOCAL, 0), (Strategy.TWO_SHOT, 0), (Strategy.TWO_SHOT, rows // 2)]
-    runs = [run_whole(make_device, case, one, tap=True, strategy=way, one_shot_rows=most) for way, most in ways]
-    for run, way in zip(runs[1:], ways[1:], strict=True):
-        same_bits(runs[0], run, f"{way}")
+    one = [{"prompt": prompt_of(MODELS[index], MODELS[index].options["max_rows"] + 1), "max_tokens": 4}]
+    first, *others = [run_whole(make_device, case, one, **options) for case, options in ways(index)]
+    for run in others:
+        same_bits(first, run, f"{Strategy(run.shape['strategy']).name} above {run.shape['one_shot_rows']} rows")
+
+
+def grids(index: int) -> list[tuple[Case, dict]]:
+    least = MODELS[index].options["down_slices"]
+    return [(replace(MODELS[index], num_blocks=n), {"tap": True}) for n in (least, least + 1, 8)]
 
 
 @SOME_MODELS
+@uses(grids)
 def test_grids_agree(make_device, index):
     """Blocks share the work; below 257 positions they do not change how a sum is cut."""
+    one = [{"prompt": prompt_of(MODELS[index], MODELS[index].options["max_rows"] + 1), "max_tokens": 4}]
+    first, *others = [run_whole(make_device, case, one, **options) for case, options in grids(index)]
+    for run in others:
+        same_bits(first, run, f"{run.shape['num_blocks']} blocks")
+
+
+def of_several_ranks(index: int) -> Case:
     case = MODELS[index]
-    one = [{"prompt": prompt_of(case, case.options["max_rows"] + 1), "max_tokens": 4}]
-    least = case.options["down_slices"]
-    runs = [run_whole(make_device, replace(case, num_blocks=n), one, tap=True) for n in (least, least + 1, 8)]
-    for run in runs[1:]:
-        same_bits(runs[0], run, f"{int(run.shape['num_blocks'])} blocks")
+    return with_options(case, world_size=2) if case.options["world_size"] == 1 else case
 
 
 @EVERY_MODEL
+@uses(lambda index: [(of_several_ranks(index), {"tap": True})])
 def test_ranks_agree(make_device, index):
     """What all ranks hold, they hold bit for bit: plans, tokens, the residual, the words of every exchange."""
-    case = MODELS[index]
-    if case.options["world_size"] == 1:
-        case = replace(case, options=case.options | {"world_size": 2})
+    case = of_several_ranks(index)
     run = run_whole(make_device, case, requests_of(case), tap=True)
     size = {name: int(run.shape[name]) for name in run.shape.dtype.names}
     wide, rows = size["hidden_size"], size["max_rows"]
@@ -187,11 +216,15 @@ def test_ranks_agree(make_device, index):
 
 
 # ------------------------------------------------------------------------------------------------ the LM head
+def narrow(world_size: int) -> Case:
+    return with_options(MODELS[0], max_rows=4, one_shot_rows=2, world_size=world_size)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
+@uses(lambda world_size: [(narrow(world_size), {"tap": True})])
 def test_steps_that_sample_nothing_skip_the_lm_head(make_device, world_size):
     """A prompt of five steps, of which the last has one row and alone needs logits: nobody computed those of another row."""
-    case = MODELS[0]
-    case = replace(case, options=case.options | {"max_rows": 4, "one_shot_rows": 2, "world_size": world_size})
+    case = narrow(world_size)
     run = run_whole(make_device, case, [{"prompt": prompt_of(case, 17), "max_tokens": 4}], tap=True)
     assert run.logits()[0].all()
     assert not run.logits()[1:].any()
@@ -205,15 +238,20 @@ def weights_with(case, **changes: np.ndarray) -> DictWeights:
     return DictWeights(tensors | {name.replace("__", "."): value.astype(np.float32) for name, value in changes.items()})
 
 
+def of_vocabulary(world_size: int, vocab_size: int) -> Case:
+    config = replace(MODELS[0].config, vocab_size=vocab_size, tie_word_embeddings=False)
+    return with_options(replace(MODELS[0], config=config), world_size=world_size)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("vocab_size", [10, 61])
+@uses(lambda world_size, vocab_size: [(of_vocabulary(world_size, vocab_size), {})])
 def test_ties_and_padding(make_device, world_size, vocab_size):
     """Ids that pad the vocabulary have a logit of zero, and ranks may have nothing else: they are never sampled, not even where all
     others are negative; of equal logits the lowest id wins.
     """
-    config = replace(MODELS[0].config, vocab_size=vocab_size, tie_word_embeddings=False)
-    case = replace(MODELS[0], config=config, options=MODELS[0].options | {"world_size": world_size})
-    hidden = config.hidden_size
+    case = of_vocabulary(world_size, vocab_size)
+    hidden = case.config.hidden_size
     # every embedding has one large value that no layer outweighs, and every row of the LM head looks at it alone
     spike = np.zeros((vocab_size, hidden))
     spike[:, 5] = 100

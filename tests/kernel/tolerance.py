@@ -4,16 +4,22 @@ Every comparison is against float64. What the kernel rounds on purpose (docs/arc
 attention and FFN activations) is rounded there too; what is left is bounded element by element from the magnitudes that went into
 it. So a bound is as tight for a small output as for a large one, and needs no tuning by size.
 
-| constant       | value    | bounds                                              | why |
-|----------------|----------|-----------------------------------------------------|-----|
-| SUM (float32)  | 2^-20    | sums of products of bf16, relative to sum of |a b|  | products are exact; a sum has at most a few dozen float32 additions in a row, 2^-24 each on a CPU, up to 2^-22 in a tensor core, which cuts where it aligns |
-| BF16           | 2^-8     | a value stored as bf16, relative                    | half a unit in the last of 8 bits |
-| NORM (float32) | 2^-18    | x / rms(x) * weight before it is rounded, relative  | a sum of squares, an approximate 1 / sqrt (2^-22), two products; where this decides how bf16 rounds, either neighbour is right |
-| EXP (float32)  | 2^-18    | e^x, relative, |x| up to 88                         | the polynomial's, or ex2.approx's, few units of 2^-24, plus the rounding of x * log2(e) |
-| WEIGHT (bf16)  | 3 * 2^-8 | softmax weights, against the root sum square of w v | the tensor core takes them as bf16; their errors are independent, each 2^-8 at most: 3 is certain up to 9 positions, 5 deviations beyond |
-| LOGITS         | 2^-4     | a whole model's logits, relative to the row's root  | seen, not derived: up to 0.03, as much as bf16 itself costs (reference in bf16 against |
-|                |          | mean square                                         | float64: up to 0.04). Softmax weights round, then activations round the other way; a   |
-|                |          |                                                     | reference that rounds the weights too agrees to the last bit on most test models       |
+| constant | dtype    | value  | what it bounds                                     |
+|----------|----------|--------|----------------------------------------------------|
+| SUM      | float32  | 2^-20  | sums of products of bf16, relative to sum of |a b| |
+| BF16     | bfloat16 | 2^-8   | a value that is stored as bf16, relative           |
+| NORM     | float32  | 2^-18  | x / rms(x) * weight before it is rounded, relative |
+| EXP      | float32  | 2^-18  | e^x, relative, |x| up to 88                        |
+| WEIGHT   | bfloat16 | 3*2^-8 | softmax weights w, relative to root sum (w v)^2    |
+| LOGITS   | bfloat16 | 2^-4   | a whole model's logits, relative to the row's rms  |
+
+SUM: products are exact, and no sum has more than a few dozen float32 additions in a row; on a CPU each costs 2^-24, in a tensor
+core, which cuts where it aligns, up to 2^-22. BF16: half a unit in the last of 8 bits. NORM: a sum of squares, an approximate
+1 / sqrt (2^-22), two products; where this decides how bf16 rounds, either neighbour is right. EXP: the polynomial's, or ex2.approx's,
+few units of 2^-24, and the rounding of x * log2(e). WEIGHT: the tensor core takes softmax weights as bf16; their errors, 2^-8 each at
+most, are independent: 3 is certain up to 9 positions, 5 deviations beyond. LOGITS: not derived but seen, up to 0.03, as much as bf16
+itself costs (reference in bf16 against float64: up to 0.04): weights round, then activations round the other way, layer after layer;
+a reference that also rounds softmax weights, chunk by chunk, agrees with the simulator to the last bit on most of the test models.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -47,6 +47,10 @@ def random_model(index: int) -> Case:
 
 
 MODELS = [random_model(index) for index in range(NUM_MODELS)]
+
+
+def with_options(case: Case, **options) -> Case:
+    return replace(case, options=case.options | options)
 
 
 def prompt_of(case: Case, length: int, salt: int = 0) -> list[int]:

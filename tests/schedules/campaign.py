@@ -1,0 +1,239 @@
+"""The campaign: whole-kernel runs under seeded schedules, each compared bit for bit with the round-robin run of its configuration.
+
+    python -m tests.schedules.campaign --seeds 1000 [--first 0] [--jobs 2] [--lanes 1]
+
+Every failing seed prints the one command that runs it again. `make simulate` is this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+
+from imex_persist import abi, planner
+from imex_persist.abi import Command
+from imex_persist.device import hostcc
+from imex_persist.device.sim import MODES, SimDevice, SimKernel, load_library
+from imex_persist.errors import DeviceError
+from imex_persist.model.dummy import DummyWeights
+from tests.kernel.harness import FAULT_BYTES, KernelRun
+from tests.kernel.pages import Pages, garbage, normal_bits
+
+from . import observation
+from .configuration import SCHEDULES, Configuration, Schedule, configuration, schedule
+from .observation import Observation, Wrong, compare, expect
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_US = 1_000_000  # virtual; it passes with the wall's time only while nothing can run
+
+
+@cache
+def _library(lanes: int, **build):
+    """Built once a process: somebody may be editing the sources meanwhile."""
+    return load_library(str(hostcc.build(lanes, **build)))
+
+
+class Device(SimDevice):
+    def load(self, shape: np.void) -> SimKernel:
+        return SimKernel(_library(**self._build), shape)
+
+
+class Kernel(KernelRun):
+    """A configuration's kernel and memory, made once and run under many schedules."""
+
+    def __init__(self, configuration: Configuration, deadline_us: int = DEADLINE_US, tap: bool = True, **build):
+        self.configuration, self.deadline_us = configuration, deadline_us
+        case = configuration.case
+        device = Device(configuration.lanes, case.num_blocks, max_stages=configuration.max_stages, **build)
+        pages = [-(-r.positions // case.page_size) for r in configuration.requests]
+        shape = planner.make_shape(
+            case.config, machine=device.machine, num_pages=sum(pages) + 1, **case.options, tap=tap
+        )
+        shape["window"] = configuration.window
+        super().__init__(device, case.config, DummyWeights(case.config, case.seed), shape)
+        self.table = np.zeros((int(shape["num_slots"]), int(shape["pages_per_slot"])), np.uint32)
+        for i, count in enumerate(pages):  # not in order, the last page nobody's
+            self.table[i, :count] = sum(pages) - 1 - np.arange(sum(pages[:i]), sum(pages[: i + 1]))
+        rng = np.random.default_rng([abs(configuration.number), 7])
+        self.first_pages, self.first_table = [], np.full_like(self.table, sum(pages))
+        for rank in self.ranks:
+            bits = Pages(shape, self.table, garbage(rng, rank.kv.nbytes // 2))
+            for i, request in enumerate(configuration.requests):
+                if not request.start:
+                    continue
+                self.first_table[i] = self.table[i]
+                for layer in range(int(shape["num_layers"])):
+                    size = (request.start, int(shape["num_kv_heads"]), int(shape["head_dim"]))
+                    bits.write(layer, i, 0, normal_bits(rng, size), normal_bits(rng, size))
+            self.first_pages.append(bits.bits.reshape(-1).copy())
+
+    @cached_property
+    def launch_params(self) -> np.void:
+        params = np.array(self.params(mailbox=True))
+        params["ranks"]["deadline_us"] = self.deadline_us
+        return params[()]
+
+    def reset(self) -> None:
+        """As before the first launch: zeroed words and counters, pages full of garbage."""
+        self.host[:], self.faults[:] = 0, 0
+        for rank, tap, pages in zip(self.ranks, self.taps, self.first_pages, strict=True):
+            for buffer in filter(None, (rank.symmetric, rank.claims, tap)):
+                self.device.upload(buffer, 0, np.zeros(buffer.nbytes, np.uint8))
+            self.device.upload(rank.page_table, 0, self.first_table)
+            self.device.upload(rank.kv, 0, pages)
+
+    def submit(self) -> int:
+        """Writes all descriptors; how many."""
+        mailbox = self.host[: abi.Mailbox.itemsize].view(abi.Mailbox)[0]
+        arena = self.host[abi.Mailbox.itemsize :].view(np.uint32)
+        requests, at, count = self.configuration.requests, 0, 0
+
+        def put(command: Command, **fields) -> None:
+            nonlocal count
+            count += 1
+            self._descriptor(mailbox, count, command, **fields)
+
+        for i, r in enumerate(requests):
+            pages = self.table[i, : -(-r.positions // self.configuration.case.page_size)]
+            body = [*r.prompt, *(int(p) for p in pages), *r.stop]
+            arena[at : at + len(body)] = body
+            put(Command.SUBMIT, request=i, slot=i, arena=at, prompt_len=len(r.prompt), num_pages=len(pages), num_stop=len(r.stop),
+                start=r.start, max_tokens=r.max_tokens, min_tokens=r.min_tokens)  # fmt: skip
+            at += len(body)
+        for i, r in enumerate(requests):
+            if r.cancel_after is not None:
+                for _ in range(r.cancel_after):
+                    put(Command.NOOP)
+                put(Command.CANCEL, request=i)
+        put(Command.SHUTDOWN)
+        return count
+
+    def run(self, schedule: Schedule) -> Observation:
+        """One launch. Wrong or DeviceError when it did not go as every run must."""
+        config = self.device.config
+        config.seed = schedule.seed
+        options = {"mode": "rr", "delay_stores": False, "delay_copies": False, "split_words": False, "stalls": False, "preempt": 0}
+        for name, value in (options | schedule.options).items():
+            setattr(config, name, MODES.index(value) if name == "mode" else value)
+        self.reset()
+        count = self.submit()
+        launch = self.device.launch(self.kernel, self.launch_params)
+        if not launch.wait(60):
+            launch.stop()
+            raise Wrong(f"no end after 60 s: {launch.report[:2000]}")
+        self.stats = launch.stats
+        for i in range(self.world):
+            fault = self.faults[i * FAULT_BYTES : (i + 1) * FAULT_BYTES][: abi.FaultRecord.itemsize].view(abi.FaultRecord)[0]
+            expect(not fault["valid"], f"a wait of rank {i} gave up: {dict(zip(fault.dtype.names, fault.tolist(), strict=True))}")
+        return self.observe(count)
+
+    def observe(self, num_commands: int) -> Observation:
+        records = self.host[: abi.Mailbox.itemsize].view(abi.Mailbox)[0]["records"]
+        seen = observation.read_records(self.configuration, records, num_commands)
+        width = 2 * planner.plan_words(int(self.shape["max_rows"]))
+        first = None
+        for rank in self.ranks:
+            words = self.device.download(rank.symmetric, int(self.shape["off_plan"]) * 8, width * 8).view(np.uint64)
+            rows = observation.last_rows(self.shape, words)
+            first = rows if first is None else first
+            expect(rows == first, f"rank {rank.rank} ended with another plan than rank 0")
+            if self.taps[0]:
+                observation.observe_rows(seen, rank.rank, self.shape, self.tap(rank.rank), rows)
+            bits = self.device.download(rank.kv, 0, rank.kv.nbytes).view(np.uint16)
+            observation.observe_pages(seen, self.configuration, self.shape, self.table, bits)
+        return seen
+
+    def close(self) -> None:
+        self.device.close()
+
+
+@dataclass
+class Result:
+    seed: int
+    seconds: float
+    wrong: str = ""  # what, if anything
+    reference: bool = False  # the round-robin run of the configuration itself went wrong
+
+
+def run_seeds(seeds: Iterable[int], lanes: int | None = None, **build) -> Iterator[Result]:
+    """Runs the seeds, in order. `build`: SimDevice's options of the compiler, such as another `source`."""
+    kernel, known, number = None, None, None
+    try:
+        for seed in seeds:
+            began, wrong, reference = time.perf_counter(), "", False
+            try:
+                if number != seed // SCHEDULES:
+                    if kernel:
+                        kernel.close()
+                    number = seed // SCHEDULES
+                    kernel, known = None, None
+                    kernel = Kernel(configuration(number, lanes), **build)
+                if known is None:
+                    reference = True
+                    known = kernel.run(Schedule(0))
+                    reference = False
+                compare(kernel.configuration, known, kernel.run(schedule(seed)))
+            except (DeviceError, Wrong) as error:
+                if "does not compile" in str(error):
+                    raise
+                wrong = str(error)
+            yield Result(seed, time.perf_counter() - began, wrong, reference)
+    finally:
+        if kernel:
+            kernel.close()
+
+
+def replay_command(seed: int, lanes: int | None) -> str:
+    return f"make simulate FIRST={seed} SEEDS=1" + (f" LANES={lanes}" if lanes else "")
+
+
+def describe(seed: int, lanes: int | None = None) -> str:
+    return f"{configuration(seed // SCHEDULES, lanes)}; {schedule(seed).options}"
+
+
+def _shares(first: int, seeds: int, jobs: int) -> list[tuple[int, int]]:
+    """(first, count) of each job, cut at configurations."""
+    borders = [first, *(first + seeds * j // jobs // SCHEDULES * SCHEDULES for j in range(1, jobs)), first + seeds]
+    return [(a, b - a) for a, b in zip(borders, borders[1:], strict=False) if b > a]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.schedules.campaign", description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=1000, help="how many")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--lanes", type=int, choices=(1, 32), help="this form of the simulator only")
+    args = parser.parse_args(arguments)
+    began = time.perf_counter()
+    if args.jobs > 1:
+        command = [sys.executable, "-m", "tests.schedules.campaign", *(["--lanes", str(args.lanes)] if args.lanes else [])]
+        jobs = [
+            subprocess.Popen([*command, "--first", str(a), "--seeds", str(n)], cwd=ROOT, env={**os.environ})
+            for a, n in _shares(args.first, args.seeds, args.jobs)
+        ]
+        return max(job.wait() for job in jobs)
+    failed = 0
+    for result in run_seeds(range(args.first, args.first + args.seeds), args.lanes):
+        if result.wrong:
+            failed += 1
+            what = "in round robin" if result.reference else ""
+            print(f"seed {result.seed} failed {what}: {result.wrong.splitlines()[0][:300]}")
+            print(f"  again: {replay_command(result.seed, args.lanes)}", flush=True)
+            if args.seeds == 1:
+                print(f"  {describe(result.seed, args.lanes)}\n{result.wrong}")
+    seconds = time.perf_counter() - began
+    print(f"{args.seeds} runs, seeds {args.first} to {args.first + args.seeds - 1}: {failed} failed, {args.seeds / seconds:.1f} runs/s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Runs of the kernel in a process under a sanitizer, and what the sanitizer said. test_tsan.py and the hunt for mutations use it.
+
+    python -m tests.schedules.sanitized tsan|asan <lanes> <source or -> <configuration> …    (t0, t1, t2: the tiny ones)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from imex_persist.device import hostcc
+
+from .campaign import Kernel
+from .configuration import Schedule, configuration, tiny
+from .observation import compare
+
+ROOT = Path(__file__).parents[2]
+UBSAN = "g++ -fsanitize=address,undefined -fno-sanitize=vptr"
+SCHEDULES = (Schedule(0), Schedule(1, {"mode": "random", "preempt": 16}))
+ASAN_OPTIONS = "detect_leaks=0:detect_stack_use_after_return=0:exitcode=66"
+
+# ThreadSanitizer's reports that are no bugs: text of the source line that both sides stand on -> why.
+KNOWN = {
+    "b.params->page_table": "rows of one slot that begin the same page store the same number of that page, and they all belong to "
+    "one step: readers come in later steps, under the KV rule",
+}
+
+
+def environment(kind: str) -> dict[str, str]:
+    """Of a process that loads a sanitized build: the sanitizer must be there before everything else."""
+    if kind == "tsan":
+        return hostcc.tsan_environment()
+    command = [*hostcc.find_compiler("g++").command, "-print-file-name=libasan.so"]
+    library = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {**os.environ, "LD_PRELOAD": str(Path(library).resolve()), "ASAN_OPTIONS": ASAN_OPTIONS,
+            "UBSAN_OPTIONS": "print_stacktrace=1"}  # fmt: skip
+
+
+def run(kind: str, lanes: int, source: Path | None, *configurations: str, timeout_s: float = 170) -> tuple[str, str]:
+    """(stdout, stderr): "right" and nothing if all is well."""
+    command = [sys.executable, "-m", "tests.schedules.sanitized", kind, str(lanes), str(source or "-"), *configurations]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment(kind), capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        return "no end", (error.stderr or b"").decode()
+    return done.stdout.strip(), done.stderr
+
+
+def _frames(stack: str) -> list[tuple[str, str, int]]:
+    """(function, file, line), innermost first, without the simulator's own."""
+    found = re.findall(r"#\d+ (.+?) (/\S+?):(\d+)", stack)
+    frames = [(function.split("(")[0], file, int(line)) for function, file, line in found]
+    return [f for f in frames if not re.search(r"/sim/[^/]+$", os.path.normpath(f[1]))]
+
+
+def _place(stack: str) -> tuple[str, str]:
+    """("function of file:line", source line) of a stack's innermost frame in the kernel."""
+    frames = _frames(stack)
+    if not frames:
+        return "the host, or a bulk copy", ""
+    function, file, line = frames[0]
+    lines = Path(file).read_text().splitlines()
+    return f"{function} of {Path(file).name}:{line}", " ".join(lines[max(line - 2, 0) : line + 1])
+
+
+def races(stderr: str) -> list[str]:
+    """Every race that ThreadSanitizer reported and KNOWN does not, as "one place / the other"."""
+    found = []
+    for report in stderr.split("WARNING: ThreadSanitizer: ")[1:]:
+        first, _, rest = report.partition("\n\n")
+        second = rest.partition("\n\n")[0]
+        (a, a_line), (b, b_line) = _place(first), _place(second)
+        if not any(text in a_line and text in b_line for text in KNOWN):
+            found.append(f"{report.splitlines()[0].split(' (')[0]}: {a} / {b}")
+    return list(dict.fromkeys(found))
+
+
+def main(kind: str, lanes: str, source: str, *names: str) -> None:
+    build = {"tsan": True} if kind == "tsan" else {"cxx": UBSAN}
+    for name in names:
+        chosen = tiny(int(name[1:]), int(lanes)) if name[0] == "t" else configuration(int(name), int(lanes))
+        kernel = Kernel(chosen, source=None if source == "-" else source, tap=False, deadline_us=20_000, **build)
+        first, *others = [kernel.run(schedule) for schedule in SCHEDULES]
+        for other in others:
+            compare(chosen, first, other)
+        kernel.close()
+    print("right")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
