@@ -55,6 +55,7 @@ enum class Wait : unsigned int {
   kPartial = 3,
   kPlan = 4,
   kStep = 5,
+  kEpochs = 6,
 };
 
 // What the host asks of the resident kernel (Descriptor.command) and rank 0 of all blocks (plan header).
@@ -98,11 +99,6 @@ enum class Mark : unsigned int {
   kEnd = 4,
   kSum = 5,
   kSent = 6,
-};
-
-// Descriptor.flags.
-enum class SubmitFlag : unsigned int {
-  kIgnoreEos = 1,
 };
 
 struct Shape {
@@ -261,11 +257,9 @@ struct Descriptor {
   unsigned int prompt_len;
   unsigned int num_pages;
   unsigned int num_stop;
-  unsigned int start;
   unsigned int max_tokens;
   unsigned int min_tokens;
-  unsigned int flags;
-  unsigned int _reserved[3];
+  unsigned int _reserved[5];
   unsigned int check;
 };
 static_assert(sizeof(Descriptor) == 64);
@@ -277,10 +271,8 @@ IMEX_OFFSET(Descriptor, arena, 16);
 IMEX_OFFSET(Descriptor, prompt_len, 20);
 IMEX_OFFSET(Descriptor, num_pages, 24);
 IMEX_OFFSET(Descriptor, num_stop, 28);
-IMEX_OFFSET(Descriptor, start, 32);
-IMEX_OFFSET(Descriptor, max_tokens, 36);
-IMEX_OFFSET(Descriptor, min_tokens, 40);
-IMEX_OFFSET(Descriptor, flags, 44);
+IMEX_OFFSET(Descriptor, max_tokens, 32);
+IMEX_OFFSET(Descriptor, min_tokens, 36);
 IMEX_OFFSET(Descriptor, check, 60);
 
 struct TokenRecord {

@@ -102,7 +102,7 @@ DEV char* ring_stage(const Block& b, int stage) { return b.memory + shape().smem
 
 // ---------------------------------------------------------------------------------------------- epochs
 // Every use of a buffer has an epoch of its own: one a layer, one for what follows the last layer. 0 is never used, so zeroed
-// memory never matches. Epochs are compared for equality; a launch ends long before they wrap (mailbox.cuh).
+// memory never matches. Epochs are compared for equality; a launch ends before they wrap (mailbox.cuh).
 DEV u32 epochs_per_step() { return shape().num_layers + 2; }
 DEV u32 layer_epoch(u32 step, u32 layer) { return step * epochs_per_step() + layer + 1; }
 DEV u32 plan_epoch(u32 step) { return step + 1; }
@@ -128,13 +128,6 @@ DEV int matrix_k(Phase phase) {
   if (phase == Phase::kOProj) return shape().num_heads * shape().head_dim;
   if (phase == Phase::kDownProj) return shape().intermediate_size / shape().down_slices;
   return shape().hidden_size;
-}
-
-// Forgets what was computed of a thread's place: addresses are made anew in each phase, not kept in registers around the whole step.
-DEV void refresh(Block& b) {
-  b.thread = fresh(b.thread);
-  b.lane = b.thread % LANES;
-  b.warp = b.thread / LANES;
 }
 
 DEV u32 smaller(u32 a, u32 b) { return a < b ? a : b; }

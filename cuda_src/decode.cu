@@ -40,7 +40,6 @@ DEV bool decode_step(Block& b) {
   b.waiter.layer = first_layer();
   ROLLED for (b.waiter.phase = Phase::kQkv;; next_matrix(b.waiter)) {
     const Phase phase = b.waiter.phase;
-    //refresh(b);
     if (runs(phase)) {
       const bool multiplies = phase != Phase::kLmHead || b.shared->num_sampling;
       mark(b, Mark::kBegin);

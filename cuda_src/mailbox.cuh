@@ -94,7 +94,7 @@ DEV void admit(MailboxWarp& m, const Descriptor& d) {
   slot.max_tokens = d.max_tokens;
   slot.min_tokens = d.min_tokens;
   slot.num_stop = smaller(d.num_stop, kMaxStopIds);
-  slot.next_position = d.start;
+  slot.next_position = 0;
   slot.num_planned = slot.num_emitted = 0;
   slot.last_step = ~0u;
   slot.finish = (u32)Finish::kNone;
@@ -217,9 +217,17 @@ DEV void finish_step(MailboxWarp& m) {
   store_relaxed_sys(&m.host->header.steps, m.done);
 }
 
+// Steps whose epochs are all different. The step after the last is never planned: a word of the first step would match it.
+DEV u32 last_step() { return 0xffffffffu / epochs_per_step() - 1; }
+
 // Whether the kernel must end without being asked in the ring: another block gave up, the host says stop, or the host is gone.
 DEV bool must_abort(MailboxWarp& m) {
   if (aborted(m.params)) return true;
+  if (m.done >= last_step()) {
+    m.shared->fault = {1, 0, 0, (u32)Wait::kEpochs, last_step(), m.done, 0, m.params->rank};
+    raise_abort(m.params);
+    return true;
+  }
   const u32 beat = load_relaxed_sys(&m.host->header.heartbeat);
   const u64 now = timer_ns();
   if (beat != m.heartbeat) m.heartbeat = beat, m.heard_ns = now;
@@ -256,7 +264,7 @@ DEV void run_mailbox(Block& b) {
     if (command) m.next_sequence++;
     leaving |= command == (u32)Command::kShutdown;
     if (m.lane == 0) {
-      const bool may_publish = m.published <= m.done + 1;  // its buffer's last plan has been read by every block
+      const bool may_publish = m.published <= m.done + 1 && m.published < last_step();  // every block has read its buffer's last plan
       if (may_publish && has_room(m)) rows = choose_rows(m);
       if (may_publish && leaving && all_free(m)) news = 2;
       if (polls % kPollsPerCheck == 0 && must_abort(m)) news = kAbort;

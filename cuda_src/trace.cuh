@@ -48,6 +48,7 @@ DEV void mark_sent(Block& b, int adder, Sent& last, const UnitNote& note, bool s
 }
 // Clocks that the marking thread waited for words since the last call.
 DEV u32 take_word_clocks(Block& b) {
+  if (!shape().trace) return 0;
   const u32 clocks = b.waiter.word_clocks;
   b.waiter.word_clocks = 0;
   return clocks;

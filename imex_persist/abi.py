@@ -61,6 +61,7 @@ class Wait(enum.IntEnum):
     PARTIAL = 3  # a unit's partial sums, or their room, between the warps of a block
     PLAN = 4  # the next step's plan
     STEP = 5  # the block's own consumers, before KV pages may be streamed
+    EPOCHS = 6  # nothing: words have run out of epochs, after days of decoding, and the kernel must be started anew
 
 
 class Command(enum.IntEnum):
@@ -109,12 +110,6 @@ class Mark(enum.IntEnum):
     END = 4  # the block's last unit of the phase is handed on; `value`: waited for tiles, in embed the rows of the step
     SUM = 5  # a slice owner has published its sums; `value`: waited for the ranks' words
     SENT = 6  # the adder's last words of the phase have left; `value`: the unit
-
-
-class SubmitFlag(enum.IntFlag):
-    """Descriptor.flags."""
-
-    IGNORE_EOS = 1
 
 
 # ------------------------------------------------------------------------------------------------ structs
@@ -215,11 +210,9 @@ Descriptor = _struct(  # one 64-byte line, host -> device
     ("prompt_len", "u4"),
     ("num_pages", "u4"),
     ("num_stop", "u4"),
-    ("start", "u4"),  # first position to compute: positions below are in the pages already
     ("max_tokens", "u4"),
     ("min_tokens", "u4"),
-    ("flags", "u4"),
-    ("_reserved", "u4", 3),
+    ("_reserved", "u4", 5),
     ("check", "u4"),  # xor of the other fifteen words and DESCRIPTOR_MAGIC
 )
 
@@ -281,7 +274,7 @@ STRUCTS = {
     "MailboxHeader": MailboxHeader,
     "Mailbox": Mailbox,
 }
-ENUMS = (Phase, Wait, Command, Record, Finish, Strategy, Mark, SubmitFlag)
+ENUMS = (Phase, Wait, Command, Record, Finish, Strategy, Mark)
 CONSTANTS = (
     "MAX_RANKS MAX_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS "
     "ADDER_WARPS TRACE_WRITERS NUM_WARPS PART_SLOTS MAX_STOP_IDS "

@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_demo(commands)
+    _add_trace(commands)
     _add_front(commands)
     return parser
 
@@ -91,10 +92,10 @@ def _add_engine_options(command: argparse.ArgumentParser, **defaults) -> None:
     settings.add_options(command, **defaults)
 
 
-def _engine(args: argparse.Namespace, model: str):
+def _engine(args: argparse.Namespace, model: str, **more):
     from imex_persist.front import settings
 
-    return imex_persist.LLM(model, **settings.chosen(args))
+    return imex_persist.LLM(model, **(settings.chosen(args) | more))
 
 
 def _add_front(commands) -> None:
@@ -226,3 +227,21 @@ def _rate(result) -> str:
         return "too few tokens to time"
     seconds = (m.last_token_time - m.first_token_time) / (tokens - 1)
     return f"{seconds * 1e3:.1f} ms/token, {1 / seconds:.1f} tok/s"
+
+
+# -------------------------------------------------------------------------------------------------- trace
+def _add_trace(commands) -> None:
+    from imex_persist.observe.command import add_arguments
+
+    command = _command(commands, "trace", _trace, "Decode with tracing on: where every microsecond of a step went.")
+    add_arguments(command)
+    _add_engine_options(command)
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from imex_persist.front.settings import require_model
+    from imex_persist.observe.command import run
+
+    _import_engine()
+    args.model = require_model(args)
+    return run(args, lambda **more: _engine(args, args.model, **more))

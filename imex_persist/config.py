@@ -42,13 +42,19 @@ class EngineConfig:
     model: str = setting(MISSING, "a Hugging Face folder, a GGUF file, a Hub name in the local cache, or smollm2")
     tensor_parallel_size: int = setting(1, "ranks", flags=("--tp",), environment=("NIM_TENSOR_PARALLEL_SIZE",))
     device: str = setting("auto", "auto, cuda, sim, or with ordinals: cuda:0 puts all ranks on one GPU")
-    max_model_len: int | None = setting(None, f"positions of a sequence, prompt included; else the model's, at most {_both(DEFAULT_MAX_MODEL_LEN)}")
+    max_model_len: int | None = setting(
+        None, f"positions of a sequence, prompt included; else the model's, at most {_both(DEFAULT_MAX_MODEL_LEN)}"
+    )
     max_num_seqs: int | None = setting(None, f"sequences resident at once; else {DEFAULT_MAX_NUM_SEQS}")
-    max_rows: int | None = setting(None, f"rows of a step, decode and prompt rows together; else what fits, at most {DEFAULT_MAX_ROWS}")
-    kv_cache_memory_bytes: int | None = setting(None, "KV cache of a rank, in bytes; else as much as the sequences can use, at most 16 GiB (sim: 2)")
+    max_rows: int | None = setting(
+        None, f"rows of a step, decode and prompt rows together; else what fits, at most {DEFAULT_MAX_ROWS}"
+    )
+    kv_cache_memory_bytes: int | None = setting(
+        None, "KV cache of a rank, in bytes; else as much as the sequences can use, at most 16 GiB (sim: 2)"
+    )
     load_format: str = setting("auto", "auto, or dummy for random weights")
     seed: int = setting(0, "seed of dummy weights")
-    exchange: str | None = setting(None, f"all-reduce of steps too large for ONE_SHOT: {', '.join(STRATEGIES)}; else planned")
+    exchange: str | None = setting(None, f"all-reduce strategy of every step: {', '.join(STRATEGIES)}; else planned")
     deadline_s: float | None = setting(None, f"seconds that a wait of the kernel may take; else {_both(DEFAULT_DEADLINE_S)}")
     trace_events: int = setting(0, "events that each of a block's trace rings holds, a power of two; 0 compiles tracing out")
     trace_every: int = setting(1, "one step of so many is traced")

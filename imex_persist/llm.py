@@ -26,9 +26,8 @@ GREEDY = SamplingParams(temperature=0.0)
 class LLM:
     """A running engine. Use it as a context manager, or call `close()`.
 
-    Keyword arguments are those of `imex_persist.config.EngineConfig`: `tensor_parallel_size`, `device`, `max_model_len`, `max_num_seqs`,
-    `max_rows`, `kv_cache_memory_bytes`, `load_format`, `seed`, `exchange`, `deadline_s`, `p2p_level`. Raises ValueError for bad settings, DeviceError
-    for a machine that cannot run them, FaultError when the ranks do not come up; nothing is left running then.
+    Keyword arguments are those of `imex_persist.config.EngineConfig`. Raises ValueError for bad settings, DeviceError for a machine that
+    cannot run them, FaultError when the ranks do not come up; nothing is left running then.
     """
 
     def __init__(self, model: str, **settings):

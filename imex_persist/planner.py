@@ -102,7 +102,7 @@ def make_shape(
         if slices > num_blocks:
             continue
         candidate = s.copy()
-        _place_shared_memory(candidate, config, slices, one_shot_rows, machine)
+        _place_shared_memory(candidate, config, slices, one_shot_rows, strategy, machine)
         if best is None or candidate["ring_stages"] > best["ring_stages"] or _finer_slices_help(best):
             best = candidate
         if candidate["ring_stages"] >= min(8, machine.max_stages) and not _finer_slices_help(candidate):
@@ -132,11 +132,13 @@ def _rows_fit(config, world_size: int, rows: int, machine: Machine) -> bool:
     return True
 
 
-def _place_shared_memory(s, config, slices: int, one_shot_rows: int | None, machine: Machine) -> None:
+def _place_shared_memory(s, config, slices: int, one_shot_rows: int | None, strategy: abi.Strategy | None, machine: Machine) -> None:
     rows, hidden, world, blocks = (int(s[k]) for k in ("max_rows", "hidden_size", "world_size", "num_blocks"))
     heads, kv_heads, head_dim = (int(s[k]) for k in ("num_heads", "num_kv_heads", "head_dim"))
     s["down_slices"] = slices
     s["intermediate_size"] = round_up(-(-config.intermediate_size // world), 32 * slices)
+    if one_shot_rows is None and strategy is not None:  # asked for by name
+        one_shot_rows = rows if strategy == abi.Strategy.ONE_SHOT else 0
     if one_shot_rows is None:
         one_shot_rows = min(rows, ONE_SHOT_WORDS // (hidden * world * slices))
     s["one_shot_rows"] = min(rows, one_shot_rows)

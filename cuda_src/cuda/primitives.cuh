@@ -31,12 +31,6 @@ DEV char* shared_memory() {
 }
 DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// The same value, about which the compiler knows nothing: what is computed from it is not kept in registers around the whole loop.
-DEV int fresh(int v) {
-  asm volatile("" : "+r"(v));
-  return v;
-}
-
 // ---------------------------------------------------------------------------------------------- numbers
 DEV float bits_float(u32 v) { return __uint_as_float(v); }
 DEV u32 float_bits(float v) { return __float_as_uint(v); }

@@ -38,8 +38,6 @@ DEV int lane_index() { return LANES == 1 ? 0 : (int)sim::machine.current->lane; 
 DEV char* shared_memory() { return sim::machine.current->block->shared; }
 DEV u32 shared_address(const void* p) { return (u32)((const char*)p - shared_memory()); }
 
-DEV int fresh(int v) { return v; }
-
 // ---------------------------------------------------------------------------------------------- numbers
 DEV float bits_float(u32 v) {
   float f;

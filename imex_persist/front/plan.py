@@ -47,7 +47,9 @@ def make_plan(model: str, card: Card, why: str, given: dict, contexts: tuple[int
     """
     opened = load_model(model, "dummy", tokenizer=False)
     settings_ = {name: value for name, value in given.items() if value is not None}
-    sizes = [_size(EngineConfig(model=model, **{**settings_, "tensor_parallel_size": n}), opened.config, card) for n in _worlds()]
+    sizes = [
+        _size(EngineConfig(model=model, **{**settings_, "tensor_parallel_size": n}), opened.config, card) for n in _worlds()
+    ]
     needed = next((size["tensor_parallel_size"] for size in sizes if size["possible"]), None)
     world = given.get("tensor_parallel_size") or needed
     if world is None:
@@ -55,7 +57,9 @@ def make_plan(model: str, card: Card, why: str, given: dict, contexts: tuple[int
     config = EngineConfig(model=model, **{**settings_, "tensor_parallel_size": world})
     shape = capacity.choose_shape(config, opened.config, card.machine, "cuda")
     if why_not := _too_large(opened.config, shape, card):
-        advice = f"use tensor_parallel_size {needed}" if needed and needed > world else "use a smaller max_model_len or max_num_seqs"
+        advice = (
+            f"use tensor_parallel_size {needed}" if needed and needed > world else "use a smaller max_model_len or max_num_seqs"
+        )
         raise ValueError(f"{why_not}: {advice}")
     limit = capacity.choose_max_model_len(config, opened.config, "cuda")
     for context in contexts:

@@ -10,14 +10,25 @@ def print_plan(plan: dict) -> None:
     for name, text in facts(plan):
         print(f"{name:<14}{text}")
     print()
-    print_table("tensor-parallel sizes", ("tp", "fits", "weights a rank", "rows", "floor ms/token, no context", "note"), map(_size, plan["tensor_parallel_sizes"]))
+    print_table(
+        "tensor-parallel sizes",
+        "tp, fits, weights a rank, rows, floor ms/token without context, note".split(", "),
+        map(_size, plan["tensor_parallel_sizes"]),
+    )
     title = f"rows of a step, on {_ranks(plan['tensor_parallel_size'])}"
-    print_table(title, ("rows", "fits", "ring stages", "down_proj slices", "shared memory", "all-reduce"), map(_row, plan["kernel"]["by_rows"]))
+    print_table(
+        title,
+        ("rows", "fits", "ring stages", "down_proj slices", "shared memory", "all-reduce"),
+        map(_row, plan["kernel"]["by_rows"]),
+    )
     floor = plan["floor"]
     print_table(
         f"floor of one decode step: bytes a rank ÷ {floor[0]['bandwidth']}",
         ("context", "bytes a rank", "ms/token", "tok/s"),
-        [(f["context"], _size_text(f["bytes_per_token"]), f"{f['ms_per_token']:.3f}", f"{f['tokens_per_second']:.0f}") for f in floor],
+        [
+            (f["context"], _size_text(f["bytes_per_token"]), f"{f['ms_per_token']:.3f}", f"{f['tokens_per_second']:.0f}")
+            for f in floor
+        ],
     )
 
 
@@ -25,7 +36,7 @@ def facts(plan: dict) -> list[tuple[str, str]]:
     """(name, sentence) of everything that is no table."""
     m, g, mem, k = plan["model"], plan["gpu"], plan["memory"], plan["kernel"]
     needed = plan["tensor_parallel_size_needed"]
-    out = [
+    return [
         (
             "model",
             f"{m['name']}: {m['architecture']}, {m['num_hidden_layers']} layers, hidden {m['hidden_size']}, heads "
@@ -36,7 +47,7 @@ def facts(plan: dict) -> list[tuple[str, str]]:
         (
             "gpu",
             f"{g['name']}, {g['num_blocks']} SMs, {g['memory_bytes'] / 2**30:.0f} GiB, {g['bandwidth_tb_s']} TB/s "
-            f"({g['bandwidth_source']}{'' if g['bandwidth_source'] == 'measured' else ': nobody has measured this card here'}) — {g['why']}",
+            f"({_source(g['bandwidth_source'])}) — {g['why']}",
         ),
         ("ranks", f"{plan['tensor_parallel_size']}; {'none fits' if needed is None else f'{needed} needed'}"),
         (
@@ -56,7 +67,10 @@ def facts(plan: dict) -> list[tuple[str, str]]:
         ),
         ("exchange", _exchange(plan["exchange"], g)),
     ]
-    return out
+
+
+def _source(source: str) -> str:
+    return source if source == "measured" else f"{source}: nobody has measured this card here"
 
 
 def _exchange(e: dict | None, gpu: dict) -> str:
@@ -66,8 +80,8 @@ def _exchange(e: dict | None, gpu: dict) -> str:
     if e["ms_per_token"] is None:
         return f"{text}; their time was {e['source']}"
     return (
-        f"{text}: {e['o_proj_us']:.2f} and {e['down_proj_us']:.2f} µs, {e['ms_per_token']:.3f} ms a token if nothing hides them ({e['source']}; "
-        f"NVLink {gpu['nvlink_gb_s_each_way']:.0f} GB/s each way, datasheet); the floor below is without"
+        f"{text}: {e['o_proj_us']:.2f} and {e['down_proj_us']:.2f} µs, {e['ms_per_token']:.3f} ms a token if nothing hides them "
+        f"({e['source']}; NVLink {gpu['nvlink_gb_s_each_way']:.0f} GB/s each way, datasheet); the floor below is without"
     )
 
 

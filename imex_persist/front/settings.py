@@ -31,6 +31,7 @@ OTHER_VARIABLES = {  # read elsewhere, and no settings of an engine
 }
 # what Kubernetes and Docker links put into every container beside a service named "imex"
 _INJECTED = re.compile(r"IMEX_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP)(_\w+)?)?|NAME|ENV_\w+)")
+_BOOLS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _METAVARS = {int: "N", float: "S", str: "NAME"}
 
 
@@ -39,7 +40,7 @@ class Setting:
     """One field as its users know it."""
 
     name: str
-    kind: type  # int, float or str
+    kind: type  # int, float, str or bool
     default: Any  # dataclasses.MISSING: must be given
     text: str
     flags: tuple[str, ...]  # none for the model, which is an argument
@@ -74,7 +75,11 @@ def add_options(command: argparse.ArgumentParser, *, only: tuple[str, ...] | Non
         if one.flags and (only is None or one.name in only):
             default = defaults.get(one.name, one.default)
             text = one.text + ("" if default is None else f" (default {default})")
-            command.add_argument(*one.flags, type=one.kind, metavar=_METAVARS[one.kind], help=text.replace("%", "%%"))
+            text = text.replace("%", "%%")
+            if one.kind is bool:
+                command.add_argument(*one.flags, action=argparse.BooleanOptionalAction, default=None, help=text)
+            else:
+                command.add_argument(*one.flags, type=one.kind, metavar=_METAVARS[one.kind], help=text)
     command.add_argument("--config", metavar="FILE", help=f"settings in TOML (default ${CONFIG_VARIABLE})")
     command.set_defaults(engine_defaults=defaults)
 
@@ -96,7 +101,9 @@ def apply(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> 
 def require_model(args: argparse.Namespace) -> str:
     """Raises ValueError if no model was named anywhere."""
     if args.model is None:
-        raise ValueError("no model was given: name one on the command line, as IMEX_MODEL, or as model in the configuration file")
+        raise ValueError(
+            "no model was given: name one on the command line, as IMEX_MODEL, or as model in the configuration file"
+        )
     return args.model
 
 
@@ -106,7 +113,10 @@ def chosen(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def resolve(
-    flags: Mapping[str, Any], file: str | os.PathLike | None, environ: Mapping[str, str], defaults: Mapping[str, Any] | None = None
+    flags: Mapping[str, Any],
+    file: str | os.PathLike | None,
+    environ: Mapping[str, str],
+    defaults: Mapping[str, Any] | None = None,
 ) -> dict[str, Value]:
     """Every setting's value by name, and its source; `model` is None where nobody names one. Raises ValueError."""
     defaults = defaults or {}
@@ -137,7 +147,9 @@ def read_file(path: str | os.PathLike) -> dict[str, Value]:
     try:
         data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"the configuration file {path} cannot be read ({error.strerror}): name another with --config") from None
+        raise ValueError(
+            f"the configuration file {path} cannot be read ({error.strerror}): name another with --config"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"the configuration file {path} is no TOML: {error}") from None
     known = {one.name: one for one in settings()}
@@ -145,7 +157,7 @@ def read_file(path: str | os.PathLike) -> dict[str, Value]:
         if name not in known:
             raise ValueError(f"{path}: {name} is no setting{_meant(name, known)}")
         kinds = (int, float) if known[name].kind is float else (known[name].kind,)
-        if name != "p2p_level" and (not isinstance(value, kinds) or isinstance(value, bool)):
+        if name != "p2p_level" and (not isinstance(value, kinds) or isinstance(value, bool) != (known[name].kind is bool)):
             raise ValueError(f"{path}: {name} is {value!r}: {_kind_text(known[name].kind)} is allowed")
     return {name: Value(value, str(path)) for name, value in data.items()}
 
@@ -168,13 +180,13 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Value]:
 
 def _parse(name: str, text: str, kind: type) -> Any:
     try:
-        return kind(text)
-    except ValueError:
+        return _BOOLS[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
         raise ValueError(f"the environment variable {name} is {text!r}: {_kind_text(kind)} is allowed") from None
 
 
 def _kind_text(kind: type) -> str:
-    return {int: "an integer", float: "a number", str: "a string"}[kind]
+    return {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

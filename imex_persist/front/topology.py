@@ -1,4 +1,7 @@
-"""`imex-persist topology`: a table, or JSON. Without a GPU it says so and exits 0, since that is what it was asked; --require N is a check."""
+"""`imex-persist topology`: a table, or JSON.
+
+Without a GPU it says so and exits 0, since that is an answer; --require N is a check, for containers and scripts, and exits 1.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def print_topology(topology: Topology) -> None:
     if not topology.gpus:
         print(f"{topology.note}; device='sim' runs the same kernel in a simulator")
         return
-    columns = ("gpu", "name", "uuid", "capability", "memory", "PCI bus", "NUMA", "NVLink", "links", "GB/s a link", "NVSwitch", "fabric")
+    columns = "gpu, name, uuid, capability, memory, PCI bus, NUMA, NVLink, links, GB/s a link, NVSwitch, fabric".split(", ")
     print_table(f"GPUs{'' if topology.driver is None else f' (driver {topology.driver})'}", columns, map(_gpu, topology.gpus))
     if topology.pairs:
         columns = ("pair", "path", "links", "GB/s each way", "peer access", "native atomics", "PCIe level")

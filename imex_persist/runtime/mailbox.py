@@ -96,8 +96,6 @@ class Mailbox:
         stop: Sequence[int] = (),
         max_tokens: int,
         min_tokens: int = 0,
-        start: int = 0,
-        flags: int = 0,
     ) -> int | None:
         """Starts a request. Returns the descriptor's sequence number, or None when the ring is full."""
         words = [*prompt, *pages, *stop]
@@ -118,10 +116,8 @@ class Mailbox:
                 len(prompt),
                 len(pages),
                 len(stop),
-                start,
                 max_tokens,
                 min_tokens,
-                flags,
             )
 
     def cancel(self, request: int, slot: int) -> int | None:

@@ -34,7 +34,9 @@ def check_peers(level: str | None, placement: Placement, read: Callable[[], Topo
         if pair is None:
             raise ValueError(f"p2p_level is {level} but the way {between} is unknown ({topology.note}): {UNSET}, or install it")
         if not _near(pair, level):
-            way = "there is no peer access" if pair.path == "none" else f"the way is PCIe ({pair.pcie_level or 'level unknown'})"
+            way = (
+                "there is no peer access" if pair.path == "none" else f"the way is PCIe ({pair.pcie_level or 'level unknown'})"
+            )
             raise ValueError(f"p2p_level is {level} and {between} {way}: choose GPUs with CUDA_VISIBLE_DEVICES, or {UNSET}")
 
 

@@ -20,8 +20,11 @@ GENERATIONS = {1: "1", 2: "2", 3: "2", 4: "3", 5: "3", 6: "4", 7: "5", 8: "6"}  
 SWITCH = 2  # NVML_NVLINK_DEVICE_TYPE_SWITCH
 # NVML_P2P_CAPS_INDEX_…, written out: in pynvml the first is a tuple by mistake
 READ, WRITE, NVLINK, ATOMICS = 0, 1, 2, 3
-P2P_STATUS = ("ok", "chipset not supported", "GPU not supported", "IOH topology not supported", "disabled by registry key", "not supported")
-ANCESTORS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "PHB", 50: "SYS"}  # NVML_TOPOLOGY_… in NCCL's words: 40 is one NUMA node
+P2P_STATUS = (
+    "ok, chipset not supported, GPU not supported, IOH topology not supported, disabled by registry key, not supported"
+).split(", ")
+# NVML_TOPOLOGY_… in NCCL's words: 40 is one NUMA node
+ANCESTORS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "PHB", 50: "SYS"}
 FABRIC = ("not supported", "not started", "in progress", "completed")
 FIELD_SPEED_COMMON, FIELD_SPEED = 90, 164  # NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON, …_GET_SPEED with the link as scope
 
@@ -74,12 +77,17 @@ class Topology:
 
 
 def read_topology(nvml: Any = None, setting: str | None = None) -> Topology:
-    """This machine's topology; empty, with a note, where there is no GPU. `setting` is CUDA_VISIBLE_DEVICES, `nvml` pynvml or a stand-in."""
+    """This machine's topology; empty, with a note, where there is no GPU.
+
+    `setting` is CUDA_VISIBLE_DEVICES, `nvml` pynvml or a stand-in.
+    """
     if nvml is None:
         try:
             nvml = importlib.import_module("pynvml")
         except ImportError:
-            return _without_nvml("nvidia-ml-py is not installed, so links and peer access are unknown: pip install nvidia-ml-py")
+            return _without_nvml(
+                "nvidia-ml-py is not installed, so links and peer access are unknown: pip install nvidia-ml-py"
+            )
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
@@ -126,7 +134,9 @@ def _read(ask: _Asker, setting: str | None) -> Topology:
     pairs = [
         _pair(ask, a, b, handles[a.uuid], handles[b.uuid], remotes[a.uuid]) for i, a in enumerate(gpus) for b in gpus[i + 1 :]
     ]
-    note = None if gpus else "no GPU found" if not counted else f"CUDA_VISIBLE_DEVICES={setting} hides every GPU of {len(counted)}"
+    note = (
+        None if gpus else "no GPU found" if not counted else f"CUDA_VISIBLE_DEVICES={setting} hides every GPU of {len(counted)}"
+    )
     return Topology(tuple(gpus), tuple(pairs), _text(ask("nvmlSystemGetDriverVersion")), note)
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from unittest.mock import patch
 
@@ -28,15 +28,16 @@ from imex_persist.model.dummy import DummyWeights
 from imex_persist.model.packing import load_rank
 from imex_persist.model.weights import tensor_shapes
 from imex_persist.runtime.capacity import shared_machine
-from imex_persist.tap import tap_offset
+from imex_persist.tap import tap_floats, tap_offset
 from tests.gpu.bench import capable_gpus
 from tests.kernel import harness
 from tests.kernel.harness import KernelRun
 from tests.kernel.pages import garbage
 
 SIMULATED = os.environ.get("IMEX_TEST_DEVICE") == "sim"
+SMALLER = 4 if SIMULATED else 1
 SEED = 7
-NUM_PROMPT, NUM_TOKENS = 16, 256
+NUM_PROMPT, NUM_TOKENS = 16, 40 if SIMULATED else 256
 MAX_MODEL_LEN = NUM_PROMPT + NUM_TOKENS
 ALLOWED = 2.0  # times the error of bf16 transformers
 MEMORY_BYTES = 256 << 20  # beside weights and KV pages
@@ -59,12 +60,12 @@ def random_fields(index: int) -> dict:
     rng = np.random.default_rng([SEED, index])
     kv_heads, group = int(rng.integers(1, 6)), (4, 1, 3, 8, 2)[index % 5]
     return BASE | {
-        "hidden_size": int(rng.integers(130, 900)),
+        "hidden_size": int(rng.integers(130, 900)) // SMALLER,
         "head_dim": (64, 128, 48, 96, 32)[index % 5],
         "num_attention_heads": kv_heads * group,
         "num_key_value_heads": kv_heads,
-        "intermediate_size": 2 * int(rng.integers(150, 1200)) + 1,
-        "vocab_size": int(rng.integers(500, 6000)),
+        "intermediate_size": 2 * (int(rng.integers(150, 1200)) // SMALLER) + 1,
+        "vocab_size": int(rng.integers(500, 6000)) // SMALLER,
         "num_hidden_layers": int(rng.integers(2, 6)),
         "tie_word_embeddings": bool(index % 2),
         "rope_parameters": ROPES[index % 3],
@@ -128,6 +129,14 @@ def array_module(device):
     return getattr(device, "xp", np)
 
 
+def free_bytes(device) -> int:
+    """Of the GPU, CuPy's own stock given back."""
+    if SIMULATED:
+        return 0
+    device.xp.get_default_memory_pool().free_all_blocks()
+    return device.memory()[0]
+
+
 class WholeRun(KernelRun):
     """A KernelRun that can decode again and again, every time in memory of which nothing is as the last run left it."""
 
@@ -163,8 +172,8 @@ class WholeRun(KernelRun):
     def logits(self, tokens: list[int], first: int) -> dict[int, np.ndarray]:
         """Logits [vocab_size] after position p of `tokens`, from `first` on: all where a step has several rows, else some."""
         rows, found = self.size("max_rows"), {}
-        ends = range(first // rows * rows + rows, len(tokens) + rows, rows)
-        for end in ends if rows > 1 else np.linspace(first + 1, len(tokens), 20).astype(int).tolist():
+        ends = list(range(first // rows * rows + rows, len(tokens) + rows, rows))
+        for end in ends if rows > 1 else ends[:: -max(1, len(ends) // 20)]:
             end = min(end, len(tokens))
             start = (end - 1) // rows * rows
             self.decode([{"prompt": tokens[:end], "max_tokens": 1}])
@@ -176,7 +185,7 @@ class WholeRun(KernelRun):
 
     def memory(self) -> list[np.ndarray]:
         """Every phase's output in the last step, and all keys and values, of every rank."""
-        sizes = {"tap": 4 * harness.tap_floats(self.shape), "kv": planner.kv_bytes(self.shape)}
+        sizes = {"tap": 4 * tap_floats(self.shape), "kv": planner.kv_bytes(self.shape)}
         return [self.read(r, what, 0, nbytes) for r in range(self.world) for what, nbytes in sizes.items()]
 
 
@@ -194,9 +203,9 @@ def clear_rank(device, memory, tap, noise: np.ndarray) -> None:
 
 
 def compile_all(shapes: list[np.void], arch: str) -> None:
-    """Into the cache, on all cores: one after another they would take longer than the tests."""
+    """Into the cache, on all cores: one after another they would take longer than the tests. A test tells of a failure."""
     with ProcessPoolExecutor(min(len(shapes), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(nvrtc.compile_kernel, shapes, [arch] * len(shapes), timeout=150))
+        wait([pool.submit(nvrtc.compile_kernel, shape, arch) for shape in shapes], timeout=150)
 
 
 # ------------------------------------------------------------------------------------------------ transformers
@@ -237,41 +246,26 @@ def oracle_of(name: str, xp) -> Oracle:
     return Oracle(name, xp)
 
 
-@dataclass(frozen=True)
-class Errors:
-    """Largest differences to transformers in fp32."""
-
-    kernel: float
-    bf16: float
-    worst_ratio: float  # of one position
-    tokens: int  # positions that were compared
-    others: int  # tokens that are not transformers' first choice
-
-    def __str__(self) -> str:
-        return (
-            f"{self.tokens} positions: kernel {self.kernel:.4f}, bf16 {self.bf16:.4f}, ratio {self.kernel / self.bf16:.2f} "
-            f"(worst position {self.worst_ratio:.2f}), other tokens {self.others}"
-        )
-
-
-def check_logits(run: WholeRun, oracle: Oracle, prompt: list[int], tokens: list[int]) -> Errors:
-    """Every token is the kernel's own first choice, and the logits it was chosen from are as near as the bound asks."""
+def check_logits(run: WholeRun, oracle: Oracle, prompt: list[int], tokens: list[int]) -> str:
+    """Every token is the kernel's own first choice, and the logits it was chosen from are as near as the bound asks: how near."""
     sequence, first = [*prompt, *tokens[:-1]], len(prompt) - 1
     exact, rounded = oracle.logits("fp32", sequence)[first:], oracle.logits("bf16", sequence)[first:]
     found = run.logits(sequence, first)
     at = np.array(sorted(found)) - first
-    got, chosen = np.stack([found[p] for p in sorted(found)]), np.array(tokens)[at]
+    got = np.stack([found[position] for position in sorted(found)])
     assert np.isfinite(got).all()
-    np.testing.assert_array_equal(got.argmax(axis=1), chosen, "the logits of a prompt's position would give another token")
+    np.testing.assert_array_equal(got.argmax(axis=1), np.array(tokens)[at], "these logits would have given other tokens")
     kernel, bf16 = np.abs(got - exact[at]).max(axis=1), np.abs(rounded - exact).max(axis=1)
-    limit = ALLOWED * bf16.max()
+    limit, ratios = ALLOWED * bf16.max(), kernel / bf16[at]
     margins = exact.max(axis=1) - exact[np.arange(len(tokens)), tokens]
-    errors = Errors(
-        kernel.max(), bf16.max(), (kernel / bf16[at]).max(), len(at), int(np.count_nonzero(exact.argmax(axis=1) != tokens))
+    text = (
+        f"{len(at)} positions: kernel {kernel.max():.4f}, bf16 {bf16.max():.4f}, ratio {kernel.max() / bf16.max():.2f} "
+        f"(worst position {ratios.max():.2f}), {np.count_nonzero(margins)} tokens are not fp32's"
     )
-    assert kernel.max() <= limit, f"position {at[kernel.argmax()]} is worst; {errors}"
-    assert margins.max() <= 2 * limit, f"token {margins.argmax()} is {margins.max():.4f} below the best one; {errors}"
-    return errors
+    assert kernel.max() <= limit, f"token {at[kernel.argmax()]} is worst; {text}"
+    assert margins.max() <= 2 * limit, f"token {margins.argmax()} is {margins.max():.4f} below the best one; {text}"
+    assert ratios.max() <= ALLOWED, f"within the bound over all positions, but not at token {at[ratios.argmax()]}; {text}"
+    return text
 
 
 def check_ranks_agree(run: WholeRun) -> None:
@@ -284,8 +278,8 @@ def check_ranks_agree(run: WholeRun) -> None:
         shared |= {"off_o_part": sources, "off_down_part": sources * run.size("down_slices")}
     taps = 4 * tap_offset(run.shape, Phase.EMBED), 4 * rows * wide
     for rank in range(1, run.world):
-        for field, count in shared.items():
-            np.testing.assert_array_equal(run.words(rank, field, count), run.words(0, field, count), f"{field} of rank {rank}")
+        for name, count in shared.items():
+            np.testing.assert_array_equal(run.words(rank, name, count), run.words(0, name, count), f"{name} of rank {rank}")
         np.testing.assert_array_equal(run.read(rank, "tap", *taps), run.read(0, "tap", *taps), f"residual of rank {rank}")
 
 
@@ -299,6 +293,7 @@ def check_same_bits(one: list[np.ndarray], two: list[np.ndarray]) -> None:
 def prepared(request):
     """All kernels that the chosen tests need are compiled, and what was imported no longer slows the collection before a launch."""
     pytest.importorskip("torch")
+    pytest.importorskip("transformers.models.llama.modeling_llama")
     chosen = {item.callspec.params["run"] for item in request.session.items if item.path == request.path}
     if not SIMULATED:
         device = open_device(1)
@@ -317,45 +312,48 @@ class Decoded:
 
     subject: Subject
     kernel: WholeRun
-    tokens: list[int]
-    memory: list[np.ndarray]
-    allocated: int | None  # bytes of the GPU
+    allocated: int | None = None  # bytes of the GPU
+    tokens: list[int] = field(default_factory=list)
+    memory: list[np.ndarray] = field(default_factory=list)
 
     @property
     def request(self) -> dict:
         return {"prompt": self.subject.tokens(NUM_PROMPT), "max_tokens": NUM_TOKENS}
+
+    def start(self) -> None:
+        (self.tokens,) = self.kernel.decode([self.request])
+        self.memory = self.kernel.memory()
 
 
 @pytest.fixture(scope="module", params=SUBJECTS, ids=str)
 def run(request, prepared):
     subject: Subject = request.param
     device = open_device(subject.world_size)
-    xp, free = array_module(device), getattr(device, "memory", lambda: (0, 0))
-    free_before = free()[0]
-    machine = shared_machine([device.machine], subject.world_size)
-    kernel = WholeRun(device, subject.config, DummyWeights(subject.config, SEED, xp), subject.shape(machine))
-    if xp is not np:
-        xp.get_default_memory_pool().free_all_blocks()
-    decoded = Decoded(subject, kernel, [], [], None if xp is np else free_before - free()[0])
-    (decoded.tokens,) = kernel.decode([decoded.request])
-    decoded.memory = kernel.memory()
-    yield decoded
-    device.close()
+    try:
+        free_before = free_bytes(device)
+        shape = subject.shape(shared_machine([device.machine], subject.world_size))
+        kernel = WholeRun(device, subject.config, DummyWeights(subject.config, SEED, array_module(device)), shape)
+        allocated = free_before - free_bytes(device)
+        decoded = Decoded(subject, kernel, allocated=None if SIMULATED else allocated)
+        decoded.start()
+        yield decoded
+    finally:
+        device.close()
 
 
 def test_logits(run, record_property):
-    """max |Δlogit| against fp32 transformers is at most twice that of bf16 transformers, at every position."""
+    """max |Δlogit| against fp32 transformers is at most twice that of bf16 transformers, over all positions and at every one."""
     assert len(run.tokens) == NUM_TOKENS
     oracle = oracle_of(run.subject.name, array_module(run.kernel.device))
-    errors = check_logits(run.kernel, oracle, run.request["prompt"], run.tokens)
-    record_property(str(run.subject), str(errors))
-    print(f"{run.subject}: {errors}")
+    text = check_logits(run.kernel, oracle, run.request["prompt"], run.tokens)
+    record_property(str(run.subject), text)
+    print(f"{run.subject}: {text}")
 
 
 def test_a_position_has_the_same_bits_in_a_prompt(run):
     """Else the logits that test_logits looks at would not be those of the decoded tokens."""
     prompt = run.request["prompt"]
-    for length in (2, 17, 129, NUM_TOKENS):
+    for length in (2, 17, NUM_TOKENS // 2, NUM_TOKENS):
         assert run.kernel.decode([run.request | {"max_tokens": length}]) == [run.tokens[:length]]
         decoded = run.kernel.last_logits(1)[0]
         position = len(prompt) + length - 2
@@ -371,7 +369,7 @@ def test_same_run_twice(run):
 def test_ranks_agree(run):
     if run.kernel.world == 1:
         pytest.skip("one rank")
-    run.kernel.decode([run.request | {"max_tokens": 40}])
+    run.kernel.decode([run.request | {"max_tokens": 30}])
     check_ranks_agree(run.kernel)
 
 
@@ -379,9 +377,8 @@ def test_alone_and_in_company(run):
     slots = run.kernel.size("num_slots")
     if slots == 1:
         pytest.skip("one slot")
-    requests = [
-        {"prompt": run.subject.tokens(length, salt=1), "max_tokens": 96} for length in (1, 40, 7, 16, 3, 25, 9, 31)[:slots]
-    ]
+    prompts = [run.subject.tokens(length, salt=1) for length in (1, 40, 7, 16, 3, 25, 9, 31)[:slots]]
+    requests = [{"prompt": prompt, "max_tokens": 3 * NUM_TOKENS // 8} for prompt in prompts]
     together = run.kernel.decode(requests)
     for i, request in enumerate(requests):
         assert run.kernel.decode([request]) == [together[i]], f"request {i} of {slots}"

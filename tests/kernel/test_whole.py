@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from imex_persist.abi import Finish, Phase, Strategy
+from imex_persist.abi import Finish, Phase, Record, Strategy
 from imex_persist.model.dummy import DummyWeights
 from imex_persist.model.weights import DictWeights, tensor_shapes
 
@@ -145,11 +145,14 @@ def test_alone_and_in_company(make_device, index):
     """Token for token, and in the last step bit for bit."""
     case = with_room_for_two(index)
     together = run_whole(make_device, case, company(case, 6), tap=True)
+    last = [r["sequence"] for r in together.kernel.records if r["kind"] == Record.TOKEN and r["finish"]]
+    same_step = last[1] == last[0] + 1  # else the first was released between them: a GPU's host may be late with the second
+    assert same_step or together.kernel.device.name != "sim"
     for i, request in enumerate(company(case, 6)):
         alone = run_whole(make_device, case, [request], tap=True)
         assert alone.tokens[0] == together.tokens[i]
-        row = next((r for r in range(2) if np.array_equal(alone.logits()[0], together.logits()[r])), None)
-        assert row is not None, "the logits of the last step differ"
+        if same_step:
+            np.testing.assert_array_equal(alone.logits()[0], together.logits()[i], f"logits of request {i}")
     requests = requests_of(case)
     together = run_whole(make_device, case, requests)
     for i, request in enumerate(requests):

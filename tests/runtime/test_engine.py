@@ -240,7 +240,7 @@ def test_silence_is_noticed_but_only_while_somebody_waits(make_engine, monkeypat
 
 def test_a_bug_in_a_sink_does_not_hang_the_others(make_engine, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    engine, _ = make_engine()
+    engine, _ = make_engine(step_s=0.005)  # so that the other request is still running
 
     def sink(_event):
         raise RuntimeError("sink")

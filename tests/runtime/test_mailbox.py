@@ -22,8 +22,8 @@ def test_a_descriptor_is_what_the_kernel_reads(make_box):
     words = np.array([d]).view(np.uint32)
     assert np.bitwise_xor.reduce(words) == abi.DESCRIPTOR_MAGIC
     assert (d["sequence"], d["command"], d["request"], d["slot"]) == (1, abi.Command.SUBMIT, 5, 1)
-    assert (d["prompt_len"], d["num_pages"], d["num_stop"], d["start"]) == (3, 2, 1, 0)
-    assert (d["max_tokens"], d["min_tokens"], d["flags"]) == (6, 2, 0)
+    assert (d["prompt_len"], d["num_pages"], d["num_stop"]) == (3, 2, 1)
+    assert (d["max_tokens"], d["min_tokens"]) == (6, 2)
     at = int(d["arena"])
     assert box.kernel.arena[at : at + 6].tolist() == [7, 8, 9, 4, 2, 11]
 

@@ -22,11 +22,11 @@ import numpy as np
 from imex_persist import abi, planner
 from imex_persist.abi import Command
 from imex_persist.device import hostcc
-from imex_persist.device.sim import MODES, SimDevice, SimKernel, load_library
+from imex_persist.device.sim import MODES, SimDevice, SimKernel, SimLaunch, load_library
 from imex_persist.errors import DeviceError
 from imex_persist.model.dummy import DummyWeights
 from tests.kernel.harness import FAULT_BYTES, KernelRun
-from tests.kernel.pages import Pages, garbage, normal_bits
+from tests.kernel.pages import garbage
 
 from . import observation
 from .configuration import SCHEDULES, Configuration, Schedule, configuration, schedule
@@ -51,7 +51,7 @@ class Kernel(KernelRun):
     """A configuration's kernel and memory, made once and run under many schedules."""
 
     def __init__(self, configuration: Configuration, deadline_us: int = DEADLINE_US, tap: bool = True, **build):
-        self.configuration, self.deadline_us = configuration, deadline_us
+        self.configuration, self.deadline_us, self.timeout_s = configuration, deadline_us, 60.0
         case = configuration.case
         device = Device(configuration.lanes, case.num_blocks, max_stages=configuration.max_stages, **build)
         pages = [-(-r.positions // case.page_size) for r in configuration.requests]
@@ -64,17 +64,7 @@ class Kernel(KernelRun):
         for i, count in enumerate(pages):  # not in order, the last page nobody's
             self.table[i, :count] = sum(pages) - 1 - np.arange(sum(pages[:i]), sum(pages[: i + 1]))
         rng = np.random.default_rng([abs(configuration.number), 7])
-        self.first_pages, self.first_table = [], np.full_like(self.table, sum(pages))
-        for rank in self.ranks:
-            bits = Pages(shape, self.table, garbage(rng, rank.kv.nbytes // 2))
-            for i, request in enumerate(configuration.requests):
-                if not request.start:
-                    continue
-                self.first_table[i] = self.table[i]
-                for layer in range(int(shape["num_layers"])):
-                    size = (request.start, int(shape["num_kv_heads"]), int(shape["head_dim"]))
-                    bits.write(layer, i, 0, normal_bits(rng, size), normal_bits(rng, size))
-            self.first_pages.append(bits.bits.reshape(-1).copy())
+        self.first_pages = [garbage(rng, rank.kv.nbytes // 2) for rank in self.ranks]
 
     @cached_property
     def launch_params(self) -> np.void:
@@ -88,7 +78,7 @@ class Kernel(KernelRun):
         for rank, tap, pages in zip(self.ranks, self.taps, self.first_pages, strict=True):
             for buffer in filter(None, (rank.symmetric, rank.claims, tap)):
                 self.device.upload(buffer, 0, np.zeros(buffer.nbytes, np.uint8))
-            self.device.upload(rank.page_table, 0, self.first_table)
+            self.device.upload(rank.page_table, 0, np.full_like(self.table, self.table.max() + 1))  # nobody's page
             self.device.upload(rank.kv, 0, pages)
 
     def submit(self) -> int:
@@ -107,7 +97,7 @@ class Kernel(KernelRun):
             body = [*r.prompt, *(int(p) for p in pages), *r.stop]
             arena[at : at + len(body)] = body
             put(Command.SUBMIT, request=i, slot=i, arena=at, prompt_len=len(r.prompt), num_pages=len(pages), num_stop=len(r.stop),
-                start=r.start, max_tokens=r.max_tokens, min_tokens=r.min_tokens)  # fmt: skip
+                max_tokens=r.max_tokens, min_tokens=r.min_tokens)  # fmt: skip
             at += len(body)
         for i, r in enumerate(requests):
             if r.cancel_after is not None:
@@ -119,22 +109,27 @@ class Kernel(KernelRun):
 
     def run(self, schedule: Schedule) -> Observation:
         """One launch. Wrong or DeviceError when it did not go as every run must."""
+        self.reset()
+        count = self.submit()
+        launch = self.start(schedule)
+        if not launch.wait(self.timeout_s):
+            launch.stop()
+            raise Wrong(f"no end after {self.timeout_s:.0f} s: {launch.report[:2000]}")
+        for i in range(self.world):
+            fault = self.fault(i)
+            expect(not fault["valid"], f"a wait of rank {i} gave up: {dict(zip(fault.dtype.names, fault.tolist(), strict=True))}")
+        return self.observe(count)
+
+    def start(self, schedule: Schedule) -> SimLaunch:
         config = self.device.config
         config.seed = schedule.seed
         options = {"mode": "rr", "delay_stores": False, "delay_copies": False, "split_words": False, "stalls": False, "preempt": 0}
         for name, value in (options | schedule.options).items():
             setattr(config, name, MODES.index(value) if name == "mode" else value)
-        self.reset()
-        count = self.submit()
-        launch = self.device.launch(self.kernel, self.launch_params)
-        if not launch.wait(60):
-            launch.stop()
-            raise Wrong(f"no end after 60 s: {launch.report[:2000]}")
-        self.stats = launch.stats
-        for i in range(self.world):
-            fault = self.faults[i * FAULT_BYTES : (i + 1) * FAULT_BYTES][: abi.FaultRecord.itemsize].view(abi.FaultRecord)[0]
-            expect(not fault["valid"], f"a wait of rank {i} gave up: {dict(zip(fault.dtype.names, fault.tolist(), strict=True))}")
-        return self.observe(count)
+        return self.device.launch(self.kernel, self.launch_params)
+
+    def fault(self, rank: int) -> np.void:
+        return self.faults[rank * FAULT_BYTES :][: abi.FaultRecord.itemsize].view(abi.FaultRecord)[0]
 
     def observe(self, num_commands: int) -> Observation:
         records = self.host[: abi.Mailbox.itemsize].view(abi.Mailbox)[0]["records"]

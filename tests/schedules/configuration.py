@@ -16,18 +16,16 @@ from tests.kernel.cases import Case, model
 
 SALT = 6
 SCHEDULES = 12
+LONG_ROWS = 16  # rows of configurations whose prompt is long enough to be cut into runs
 EXCHANGES = ((Strategy.ONE_SHOT_LOCAL, None), (Strategy.ONE_SHOT_LOCAL, 0), (Strategy.TWO_SHOT, 0), (Strategy.TWO_SHOT, 1))
 
 
 @dataclass(frozen=True)
 class Request:
-    """`start` > 0: the positions before it are in the pages already, as a prefix cache would have them."""
-
     prompt: tuple[int, ...]
     max_tokens: int
     stop: tuple[int, ...] = ()
     min_tokens: int = 0
-    start: int = 0
     cancel_after: int | None = None  # looks of the mailbox at its ring between the last submit and the cancel
 
     @property
@@ -52,7 +50,7 @@ class Configuration:
         return (
             f"LANES={self.lanes}, {o['world_size']} ranks x {self.case.num_blocks} blocks, {exchange}, {o['max_rows']} rows, "
             f"{o['down_slices']} down slices, ring {self.max_stages}/{self.window}, hidden {c.hidden_size}, {c.num_hidden_layers} layers, "
-            f"requests {[(r.start, len(r.prompt), r.max_tokens, r.cancel_after) for r in self.requests]}"
+            f"requests {[(len(r.prompt), r.max_tokens, r.cancel_after) for r in self.requests]}"
         )
 
 
@@ -68,22 +66,16 @@ def _requests(rng: np.random.Generator, vocab: int, rows: int, page: int, count:
     requests = []
     for _ in range(count):
         kind = rng.integers(8)
-        start = 0
         if kind == 0 and page <= 64 and lanes == 1:  # across the border of a page that an earlier step has written
             length = page + int(rng.integers(0, 3))
-        elif kind == 1 and lanes == 1:  # contexts that are cut into runs
-            length = 256 + int(rng.integers(0, 8))
         else:
-            length = int(rng.integers(1, 2 * rows + 3))
-        if length > 200:
-            start = length - int(rng.integers(1, 4))
+            length = 257 + int(rng.integers(8)) if rows == LONG_ROWS else int(rng.integers(1, 2 * rows + 3))
         requests.append(
             Request(
                 tuple(int(t) for t in rng.integers(0, vocab, length)),
                 int(rng.integers(1, 3 if length > 30 or lanes == 32 else 7)),
                 tuple(int(t) for t in rng.choice(vocab, 6, replace=False)) if rng.integers(3) == 0 else (),
                 int(rng.integers(0, 3)),
-                start,
             )
         )
     return requests
@@ -95,14 +87,15 @@ def configuration(number: int, lanes: int | None = None) -> Configuration:
     drawn = 32 if rng.integers(48) == 0 else 1  # thirty times as slow
     lanes = lanes or drawn
     many = lanes == 1 and rng.integers(40) == 0
+    long = lanes == 1 and not many and rng.integers(12) == 0
     hidden = 1056 if many else int(rng.choice([64, 96]))
     kv_heads, group = int(rng.integers(1, 3)), int(rng.choice([1, 2, 3]))
-    world = 1 if many else int(rng.choice([1, 2, 2, 3, 4] if lanes == 1 else [1, 2]))
+    world = 1 if many or long else int(rng.choice([1, 2, 2, 3, 4] if lanes == 1 else [1, 2]))
     slices = int(rng.choice([1, 2]))
     blocks = 132 if many else int(rng.integers(2, 4 if lanes == 32 else 5 if world > 2 else 9))
-    rows = 1 if many else int(rng.integers(1, 5))
+    rows = 1 if many else LONG_ROWS if long else int(rng.integers(1, 5))
     strategy, one_shot_rows = EXCHANGES[int(rng.integers(len(EXCHANGES)))]
-    head_dim = int(rng.choice([32, 64, 128]))
+    head_dim = 32 if long else int(rng.choice([32, 64, 128]))
     config = model(
         hidden_size=hidden,
         head_dim=head_dim,
@@ -113,12 +106,12 @@ def configuration(number: int, lanes: int | None = None) -> Configuration:
         num_hidden_layers=1 if many else 2,
         tie_word_embeddings=bool(rng.integers(2)),
     )
-    count = 1 if many else int(rng.choice([1, 1, 2, 3] if lanes == 1 else [1, 2]))
+    count = 1 if many or long else int(rng.choice([1, 1, 2, 3] if lanes == 1 else [1, 2]))
     page = planner.page_size_of(planner.round_up(head_dim, 32))
     requests = _requests(rng, config.vocab_size, rows, page, count, 32 if many else lanes)
     if rng.integers(4) == 0:
         last = requests[-1]
-        requests[-1] = Request(last.prompt, last.max_tokens + 4, last.stop, last.min_tokens, last.start, int(rng.integers(0, 40)))
+        requests[-1] = Request(last.prompt, last.max_tokens + 4, last.stop, last.min_tokens, int(rng.integers(0, 40)))
     options = {
         "world_size": world, "max_rows": rows, "num_slots": count, "max_model_len": max(r.positions for r in requests),
         "strategy": strategy, "one_shot_rows": None if one_shot_rows is None else min(one_shot_rows, rows),

@@ -90,12 +90,12 @@ def observe_pages(seen: Observation, configuration: Configuration, shape: np.voi
     pages, mine = Pages(shape, table, bits), []
     for i, request in enumerate(configuration.requests):
         cancelled_early = seen.finishes[i] == Finish.CANCELLED and not seen.tokens[i]
-        count = request.start if cancelled_early else len(request.prompt) + max(len(seen.tokens[i]) - 1, 0)
+        count = 0 if cancelled_early else len(request.prompt) + max(len(seen.tokens[i]) - 1, 0)
         if not count:
             mine.append(np.zeros((0, 0), np.uint16))
             continue
         both = [np.concatenate(pages.read(layer, i, count), axis=1).reshape(count, -1) for layer in range(int(shape["num_layers"]))]
-        mine.append(np.concatenate(both, axis=1)[request.start :])
+        mine.append(np.concatenate(both, axis=1))
     seen.keys.append(mine)
 
 

@@ -1,0 +1,92 @@
+"""The trace as Chrome's JSON, which Perfetto (ui.perfetto.dev) and chrome://tracing open: rank = process, block = thread, phase = span."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from imex_persist.abi import Phase
+from imex_persist.observe.path import critical_path
+from imex_persist.observe.spans import Trace, order_of
+
+PATH_THREAD = 100_000  # the critical path's own row
+
+
+def chrome_trace(trace: Trace, *, flows: bool = True) -> dict:
+    """{"traceEvents": […], …}; times in µs. Flow arrows go from the last word sent to every block that waited for it."""
+    events = [*_names(trace), *_spans(trace)]
+    for number, step in enumerate(trace.steps):
+        path = critical_path(trace, step)
+        for s in path.segments:
+            args = {"step": step, "layer": s.layer, "rank": s.rank, "block": s.block}
+            events.append(_span(f"{s.phase.name.lower()} {s.kind}", "path", 0, PATH_THREAD, s.begin_us, s.us, args))
+        if flows:
+            events += _flows(trace, step, number)
+    c = trace.clocks
+    return {
+        "traceEvents": events,
+        "displayTimeUnit": "ns",
+        "otherData": {"axis": c.axis, "clock_error_us": c.residual_us, "rank_error_us": c.rank_error_us},
+    }
+
+
+def write_chrome(trace: Trace, path: str | Path) -> None:
+    Path(path).write_text(json.dumps(chrome_trace(trace), separators=(",", ":"), allow_nan=False))
+
+
+def _names(trace: Trace) -> Iterator[dict]:
+    for rank in range(int(trace.shape["world_size"])):
+        yield {"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}}
+        for block in range(int(trace.shape["num_blocks"])):
+            yield {"ph": "M", "name": "thread_name", "pid": rank, "tid": block, "args": {"name": f"block {block}"}}
+    yield {"ph": "M", "name": "thread_name", "pid": 0, "tid": PATH_THREAD, "args": {"name": "critical path"}}
+
+
+def _span(name: str, category: str, pid: int, tid: int, begin: float, us: float, args: dict) -> dict:
+    return {
+        "ph": "X", "name": name, "cat": category, "pid": pid, "tid": tid, "ts": round(begin, 4), "dur": round(max(us, 0.0), 4), "args": args,
+    }  # fmt: skip
+
+
+def _spans(trace: Trace) -> Iterator[dict]:
+    for s in trace.spans:
+        begin, args = float(s["begin"]), {"layer": int(s["layer"]), "step": int(s["step"])}
+        for name in ("sum", "input", "ready", "sent"):
+            if not np.isnan(s[name]):
+                args[f"{name}_us"] = round(float(s[name]) - begin, 4)
+        for name in ("tiles", "words", "peers"):
+            if s[name] > 0:
+                args[f"wait_{name}_us"] = round(float(s[name]), 4)
+        yield _span(Phase(int(s["phase"])).name.lower(), "phase", int(s["rank"]), int(s["block"]), begin, float(s["end"]) - begin, args)
+
+
+def _flows(trace: Trace, step: int, number: int) -> Iterator[dict]:
+    """An arrow from each rank's last word of an exchange to every block that took it in later than it was ready."""
+    table, layers = trace.table(step), int(trace.shape["num_layers"])
+    out = np.where(np.isnan(table["sent"]), table["end"], table["sent"])
+    for index, (source, target) in enumerate(_pairs(layers)):
+        for rank in range(table.shape[0]):
+            block = int(np.argmax(out[rank, :, source]))
+            left = float(out[rank, block, source])
+            own_rank_only = table["phase"][0, 0, target] in (Phase.ATTENTION, Phase.O_PROJ, Phase.DOWN_PROJ)
+            for to_rank in (rank,) if own_rank_only else range(table.shape[0]):
+                for to_block in range(table.shape[1]):
+                    span = table[to_rank, to_block, target]
+                    seen = float(span["input"])
+                    if np.isnan(seen) or not float(span["begin"]) < left <= seen:
+                        continue
+                    key = ((number * len(table) + rank) * 8 * layers + index) * 4096 + to_rank * 512 + to_block
+                    common = {"name": "words", "cat": "words", "id": key}
+                    at = min(left, float(table["end"][rank, block, source]))  # inside the span, where viewers want it
+                    yield {"ph": "s", "pid": rank, "tid": block, "ts": round(at, 4), **common}
+                    yield {"ph": "f", "bp": "e", "pid": to_rank, "tid": to_block, "ts": round(seen, 4), **common}
+
+
+def _pairs(layers: int) -> list[tuple[int, int]]:
+    """(sending, receiving) places of a step, for all phases but lm_head's words, which leave between spans."""
+    chain = [Phase.QKV, Phase.ATTENTION, Phase.O_PROJ, Phase.GATE_UP, Phase.DOWN_PROJ]
+    places = [int(order_of(phase, layer, layers)) for layer in range(layers) for phase in chain]
+    return list(zip(places, [*places[1:], int(order_of(Phase.LM_HEAD, layers, layers))], strict=True))

@@ -1,0 +1,128 @@
+"""`imex-persist trace`: decodes a prompt with tracing on, shows it, and writes the pictures."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+
+DEFAULT_PROMPT = "What is the capital of France?"
+DEFAULT_TOKENS = 32
+DRAW_S = 0.1  # between two looks at the rings
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Everything but the engine's options."""
+    add = command.add_argument
+    add("model", nargs="?", help="a Hugging Face folder, a GGUF file, or smollm2 (default $IMEX_MODEL)")
+    add("--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="default: %(default)r")
+    add("--max-tokens", type=int, default=DEFAULT_TOKENS, metavar="N", help="tokens to generate (default %(default)s)")
+    add("--ceiling", type=float, metavar="GB/S", help="memory bandwidth of a GPU, to set the achieved beside")
+    add("--step", type=int, metavar="N", help="the step of the pictures (default: the typical one)")
+    add("--json", action="store_true", help="print one JSON object with the same numbers")
+    add("--out", metavar="FILE", help="write Chrome trace JSON, for ui.perfetto.dev")
+    add("--html", metavar="FILE", help="write a page of one step, with zoom; it needs no network")
+    add("--svg", metavar="FILE", help="write a picture of one step")
+
+
+def run(args: argparse.Namespace, make_engine: Callable) -> int:
+    """`make_engine(**more settings)` gives the LLM. Returns the exit code."""
+    from imex_persist.model.load import load_model
+    from imex_persist.observe.capture import Capture
+    from imex_persist.observe.report import report, request_rows
+    from imex_persist.observe.ring import ring_events
+
+    if args.max_tokens < 2:
+        raise ValueError(f"--max-tokens is {args.max_tokens}: at least 2 are needed to time what lies between tokens")
+    if args.ceiling is not None and args.ceiling <= 0:
+        raise ValueError(f"--ceiling is {args.ceiling}: a positive number of GB/s is allowed")
+    events = args.trace_events
+    if not events:
+        config = load_model(args.model, args.load_format, seed=args.seed, tokenizer=False).config
+        events = ring_events(config.num_hidden_layers)
+    with make_engine(trace_events=events) as llm:
+        capture = Capture(llm)
+        stream = start_stream(llm, args.prompt, args.max_tokens)
+        with _live(args, stream) as live:
+            follow(stream, capture, live)
+        trace = capture.finish()
+        requests = request_rows([stream.result], [stream.request.seen_device_ns])
+    if not len(trace.spans):
+        raise ValueError("no step was traced whole: raise --trace-events")
+    numbers = report(trace, requests=requests, ceiling_gbs=args.ceiling)
+    step = _picture_step(args, numbers, trace)
+    _write(args, trace, step)
+    if args.json:
+        print(json.dumps({"model": args.model, "text": stream.result.outputs[0].text, **numbers}))
+    else:
+        from imex_persist.observe.console import show
+
+        show(numbers, title=_title(args, llm))
+    return 0
+
+
+def start_stream(llm, prompt: str, max_tokens: int):
+    """A greedy completion of exactly `max_tokens`; chat where the model has a template, token ids where it has no tokenizer."""
+    from imex_persist.sampling_params import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    tokenizer = llm.model.tokenizer
+    if tokenizer is None:
+        return llm.stream([1 + i for i in range(8)], params)
+    if tokenizer.chat_template is not None:
+        return llm.stream_chat([{"role": "user", "content": prompt}], params)
+    return llm.stream(prompt, params)
+
+
+def follow(stream, capture, live=None) -> None:
+    """Reads the stream to its end, draining the rings on the way; `live(trace of the new steps, token count)` after each look."""
+    looked, tokens = 0.0, 0
+    for new in stream:
+        tokens += len(new.token_ids)
+        if time.monotonic() - looked > DRAW_S:
+            trace = capture.poll()
+            if live is not None:
+                live(trace, tokens)
+            looked = time.monotonic()
+
+
+@contextlib.contextmanager
+def _live(args: argparse.Namespace, stream):
+    """A live view on a terminal, nothing elsewhere."""
+    if args.json or not sys.stdout.isatty():
+        yield None
+        return
+    from imex_persist.observe.live import LiveView
+
+    with LiveView(args.max_tokens) as view:
+        yield view.update
+
+
+def _picture_step(args: argparse.Namespace, numbers: dict, trace) -> int:
+    if args.step is None:
+        return numbers["critical_path"]["typical"]["step"]
+    if args.step not in trace.steps:
+        raise ValueError(f"--step is {args.step}: steps {trace.steps[0]} to {trace.steps[-1]} were traced")
+    return args.step
+
+
+def _write(args: argparse.Namespace, trace, step: int) -> None:
+    if args.out:
+        from imex_persist.observe.chrome import write_chrome
+
+        write_chrome(trace, args.out)
+    if args.html or args.svg:
+        from imex_persist.observe import picture
+
+        if args.html:
+            picture.write_html(trace, step, args.html)
+        if args.svg:
+            picture.write_svg(trace, step, args.svg)
+
+
+def _title(args: argparse.Namespace, llm) -> str:
+    ranks = llm.config.tensor_parallel_size
+    return f"{args.model}, {llm.group.placement.kind}, {ranks} rank{'s' * (ranks != 1)} of {int(llm.shape['num_blocks'])} blocks"

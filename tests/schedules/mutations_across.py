@@ -1,0 +1,77 @@
+"""More planted bugs, of what crosses blocks and ranks: words, epochs, the exchange, claims, the KV rule, the mailbox, faults."""
+
+from __future__ import annotations
+
+from .mutations import BLOCK, DRILL, NOBODY, RING, TSAN, WARP, Mutation, gone, one
+
+IDLE = (
+    "DEV void push_units(Block& b, Producer& p, const Matrix& m) {\n",
+    "DEV void push_units(Block& b, Producer& p, const Matrix& given) {\n  Matrix m = given;\n"
+    "  if (m.num_blocks > 1 && m.index == --m.num_blocks) m.index = m.units;\n",
+)
+IDLE_CLAIMS = ("i < kClaims && per_use; i++)", "i < kClaims && per_use && m.index < m.units; i++)")
+WORDS = (
+    one("one_epoch_for_all_layers", "words of the layer before are taken for this one's", "block.cuh",
+        "step * epochs_per_step() + layer + 1", "step * epochs_per_step() + 1"),
+    one("epochs_repeat", "words of two steps ago are taken for this step's", "block.cuh",
+        "return step * epochs_per_step() + layer + 1", "return (step & 1) * epochs_per_step() + layer + 1"),
+    one("epoch_zero", "zeroed memory is taken for words", "block.cuh", "epochs_per_step() + layer + 1", "epochs_per_step() + layer"),
+    one("down_awaits_this_layer", "qkv waits for the wrong epoch", "decode.cu", "gate ? epoch : epoch - 1", "epoch"),
+    one("one_plan_buffer", "a plan is overwritten before every block has read it", "plan.cuh",
+        "(step & 1) * plan_width()", "0 * plan_width()"),
+    one("one_sum_buffer", "down sums overwrite o sums that a late block still reads", "exchange.cuh",
+        "shape().off_down_part, shape().off_down_sum", "shape().off_down_part, shape().off_o_sum"),
+    Mutation("block_without_a_unit", "condition C: one block publishes nothing in any matrix phase (as with grid > hidden / 8)",
+             (("stream.cuh", *IDLE), ("stream.cuh", *IDLE_CLAIMS))),
+    Mutation("block_without_an_o_proj_unit", "condition C: one block publishes nothing in o_proj",
+             (("stream.cuh", IDLE[0], IDLE[1].replace("if (m.num_blocks", "if (b.waiter.phase == Phase::kOProj && m.num_blocks")),
+              ("stream.cuh", *IDLE_CLAIMS)), **TSAN),
+    one("claims_start_elsewhere", "the claims of a use are counted from the wrong base", "phases/qkv.cuh",
+        "claim_counter(b, b.waiter.layer, 0), b.step / 2,", "claim_counter(b, b.waiter.layer, 0), (b.step + 1) / 2,"),
+    one("lm_head_claims_by_step", "the LM head's counter is taken to be used in every step", "decode.cu",
+        "b.step & 1 ? p.num_lm_head_odd++ : p.num_lm_head_even++", "b.step / 2"),
+    Mutation("one_claim_counter", "a counter is shared by neighbouring steps",
+             (("stream.cuh", "(b.step & 1) * per_step + layer", "0 * per_step + layer"),
+              *((f"phases/{p}.cuh", "b.step / 2", "b.step") for p in ("qkv", "o_proj", "gate_up", "down_proj")),
+              ("decode.cu", "b.step & 1 ? p.num_lm_head_odd++ : p.num_lm_head_even++", "p.num_lm_head_even++")), **NOBODY,
+             why="no bug: all claims of a use precede the block's own first unit, which everybody waits for before the next use"),
+)  # fmt: skip
+KV = (
+    one("kv_writer_without_barrier", "a block's word leaves before its other warps' pages", "phases/lm_head.cuh",
+        "  if (!all_well(b)) return false;\n", "  if (b.waiter.failed) return false;\n"),
+    gone("kv_writer_without_proxy_fence", "pages are written, but not for the async proxy", "phases/lm_head.cuh",
+         "    fence_async_global();  // the KV rule: this block's pages, written before the barrier above, are visible before its word is\n"),
+    one("kv_writer_without_fence", "a block's word overtakes its pages", "phases/lm_head.cuh",
+        "    fence_gpu();\n    const u32 at", "    const u32 at"),
+    gone("kv_reader_without_fence", "words of `sample` make nothing else fresh", "phases/sample.cuh",
+         "  fence_gpu();  // the KV rule, reader's side: each thread for the words it read; the barriers below and step_begin carry it on\n"),
+    gone("kv_reader_without_proxy_fence", "copies through the async proxy read old pages", "decode.cu",
+         "        fence_async_global();  // the KV rule's last link: copies after this see the pages of earlier steps\n"),
+    Mutation("append_before_o_proj", "pages are written while other blocks' copies of them are in flight",
+             (("decode.cu", "    if (phase == Phase::kGateUp) append_kv(b);\n", "    if (phase == Phase::kQkv) append_kv(b);\n"),), **TSAN),
+    gone("chunk_without_proxy_fence", "a bulk copy into a stage is not ordered after plain writes to it", "phases/attention.cuh",
+         "fence_async_shared();", **NOBODY,
+         why="the simulator has one view of shared memory: fence_async_shared() is empty there (cuda racecheck may see it)"),
+)  # fmt: skip
+MAILBOX = (
+    one("two_steps_ahead", "a plan overwrites one that is not read yet", "mailbox.cuh",
+        "m.published <= m.done + 1;", "m.published <= m.done + 2;"),
+    one("step_not_awaited", "tokens are handed out before they are sampled", "mailbox.cuh",
+        "mbar_test_now(&b.shared->step_end[m.done & 1], m.done >> 1 & 1)", "true"),
+    Mutation("one_token_buffer", "tokens of the next step overwrite those the mailbox still reads",
+             (("phases/sample.cuh", "tokens[b.step & 1][row]", "tokens[0][row]"), ("plan.cuh", "tokens[(b.step & 1) ^ 1]", "tokens[0]"),
+              ("mailbox.cuh", "m.shared->tokens[parity][r]", "m.shared->tokens[0][r]"))),
+    one("released_before_the_ghost", "a slot goes back to the host while a planned step still has a row of it", "mailbox.cuh",
+        "if (slot.active != 2 || (slot.last_step != ~0u && slot.last_step >= m.done)) return;", "if (slot.active != 2) return;", **DRILL),
+    Mutation("record_announced_first", "the host sees a record's number before its contents",
+             (("mailbox.cuh", "  store_release_sys(&r->sequence, sequence);\n", ""),
+              ("mailbox.cuh", "  store_relaxed_sys(&r->kind, (u32)kind);\n",
+               "  store_release_sys(&r->sequence, sequence);\n  store_relaxed_sys(&r->kind, (u32)kind);\n")), **DRILL),
+    gone("abort_not_looked_at", "a wait without a deadline outlives the kernel", "faults.cuh",
+         "  if (aborted(params)) return true;\n", **DRILL),
+)  # fmt: skip
+MUTATIONS = {m.name: m for m in (*BLOCK, *WARP, *RING, *WORDS, *KV, *MAILBOX)}
+QUICK = (  # of every group one; hand-picked for time
+    "gather_without_barrier", "hand_over_without_warp_sync", "expect_too_few_bytes", "one_sum_buffer",
+    "kv_writer_without_fence", "two_steps_ahead",
+)  # fmt: skip
