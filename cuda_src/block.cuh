@@ -39,8 +39,8 @@ struct Shared {
   u64 step_begin;         // consumers -> producer: plan read, KV pages of earlier steps may be streamed
   u64 step_end[2];        // consumers -> mailbox, by step parity: the step's tokens are in `tokens`
   UnitNote notes[kPartSlots];
-  FaultNote fault;        // the first wait of this block that lasted too long
-  int unit[kMaxStages];   // what the stage holds: a unit's index, or one of the marks below
+  FaultNote fault;       // the first wait of this block that lasted too long
+  int unit[kMaxStages];  // what the stage holds: a unit's index, or one of the marks below
   u32 plan[kMaxPlanWords];
   u32 num_rows, num_sampling, command;
   Row rows[kMaxRows];
@@ -71,15 +71,15 @@ struct Block {
   Shared* shared;
   char* memory;  // all of shared memory
   Waiter waiter;
-  int index;   // of the rank's blocks
-  int warp;    // consumers: 0 .. kConsumerWarps - 1
+  int index;  // of the rank's blocks
+  int warp;   // consumers: 0 .. kConsumerWarps - 1
   int lane;
   int thread;  // consumers: 0 .. kConsumerThreads - 1
   u32 step;
   RingCursor ring;
   u32 num_events, tile_clocks;  // trace.cuh
-  u32 num_units;     // units this warp has handed to the adders: names the part slot and the adder
-  u32 num_lm_heads;  // steps that had logits
+  u32 num_units;                // units this warp has handed to the adders: names the part slot and the adder
+  u32 num_lm_heads;             // steps that had logits
 };
 
 DEV int num_rows(const Block& b) { return shape().max_rows == 1 ? 1 : (int)b.shared->num_rows; }

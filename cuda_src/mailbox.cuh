@@ -48,9 +48,9 @@ struct MailboxWarp {
   MailboxState* state;
   Mailbox* host;
   int lane;
-  u32 next_sequence;   // of descriptors
-  u32 next_record;     // of records
-  u32 records_read;    // as last read from the host
+  u32 next_sequence;    // of descriptors
+  u32 next_record;      // of records
+  u32 records_read;     // as last read from the host
   u32 done, published;  // steps whose tokens were handled, plans published
   u32 tickets;
   u32 heartbeat;  // the host's, and when it last changed

@@ -8,7 +8,8 @@ namespace imex {
 // the other rows are, so that a row's sum of squares, and with it its bits, does not depend on its company.
 DEV int quads_per_thread() { return divide_up(shape().hidden_size / 4, kConsumerThreads); }
 DEV float quad_squares(u64 quad) {
-  const float v0 = bf16_low((u32)quad), v1 = bf16_high((u32)quad), v2 = bf16_low((u32)(quad >> 32)), v3 = bf16_high((u32)(quad >> 32));
+  const float v0 = bf16_low((u32)quad), v1 = bf16_high((u32)quad), v2 = bf16_low((u32)(quad >> 32)),
+              v3 = bf16_high((u32)(quad >> 32));
   return v0 * v0 + v1 * v1 + (v2 * v2 + v3 * v3);
 }
 // A warp's share of a row's sum of squares; every lane calls it, before a consumer barrier and `normalize`.
@@ -26,7 +27,7 @@ DEV void normalize(Block& b) {
     const u64* weights = (const u64*)ring_stage(b, b.ring.stage);
     for (int row = 0; row < rows && !b.waiter.failed; row++) {
       float sum = 0.f;
-      UNROLL for (int w = 0; w < kConsumerWarps; w++) sum += b.shared->norm_sums[row][w];
+  UNROLL for (int w = 0; w < kConsumerWarps; w++) sum += b.shared->norm_sums[row][w];
       const float scale = reciprocal_sqrt(sum / (float)shape().norm_size + shape().rms_eps);
       for (int q = begin + b.thread; q < (int)smaller(begin + kTileQuads, quads); q += kConsumerThreads) {
         u64* at = (u64*)(activations(b) + activation_offset(row, 4 * q));

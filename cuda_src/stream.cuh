@@ -10,11 +10,11 @@ namespace imex {
 
 // ---------------------------------------------------------------------------------------------- producer
 struct Producer {
-  RingCursor ring;      // the stage to fill next
-  RingCursor trailing;  // `window` stages behind it
-  int num_filled = 0;   // stages filled so far, counted up to `window`
+  RingCursor ring;                                // the stage to fill next
+  RingCursor trailing;                            // `window` stages behind it
+  int num_filled = 0;                             // stages filled so far, counted up to `window`
   u32 num_lm_head_even = 0, num_lm_head_odd = 0;  // uses of the LM head's two claim counters: not every step has one
-  u32 leaving, num_sampling;                      // of this step's plan, read at its begin: later the next step's may stand there
+  u32 leaving, num_sampling;  // of this step's plan, read at its begin: later the next step's may stand there
 };
 
 // Takes the next stage: waits until the consumers have left it, and until at most window - 1 copies are in flight. More in flight

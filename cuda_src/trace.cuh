@@ -15,7 +15,8 @@ DEV void put_event(Block& b, int writer, u32 clock, u32 what, u32 value, u32 ste
 #ifdef IMEX_PLANTED_DELAY  // tests only, {rank, block, phase, layer, ns}: one block that is late once a step
 DEV void planted_delay(const Block& b) {
   constexpr u32 kDelay[5] = IMEX_PLANTED_DELAY;
-  if (b.params->rank == kDelay[0] && b.index == (int)kDelay[1] && (u32)b.waiter.phase == kDelay[2] && b.waiter.layer == kDelay[3])
+  if (b.params->rank == kDelay[0] && b.index == (int)kDelay[1] && (u32)b.waiter.phase == kDelay[2] &&
+      b.waiter.layer == kDelay[3])
     stand_still(kDelay[4]);
 }
 #else

@@ -13,9 +13,9 @@ DEV void gather(Block& b, u32 epoch, int count, Address address, Source source, 
     u32 words[kBatch][2];
     const int left = count - base;
     wait_words<kBatch>(
-        b.waiter, Wait::kWords, false, epoch, left < kBatch ? left : kBatch,
-        [&](int i) { return address(base + i); }, [&](int i) { return source(base + i); }, words);
-    UNROLL for (int i = 0; i < kBatch; i++)
+        b.waiter, Wait::kWords, false, epoch, left < kBatch ? left : kBatch, [&](int i) { return address(base + i); },
+        [&](int i) { return source(base + i); }, words);
+  UNROLL for (int i = 0; i < kBatch; i++)
       if (i < left) use(base + i, words[i][0], words[i][1]);
   }
 }

@@ -88,7 +88,8 @@ DEV void load_words(const u64* p, u64& first, u64& second) {
 }
 
 DEV void store_event(TraceEvent* p, u32 clock, u32 what, u32 value, u32 step) {
-  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(clock), "r"(what), "r"(value), "r"(step) : "memory");
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(clock), "r"(what), "r"(value), "r"(step)
+               : "memory");
 }
 
 // ---------------------------------------------------------------------------------------------- fences
@@ -103,7 +104,7 @@ struct Waiter {
   const RankParams* params;
   u32 layer;
   Phase phase;
-  bool failed;  // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
+  bool failed;      // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
   u32 word_clocks;  // trace.cuh: waited for words that were not there at the first poll
 };
 // Called every so many failed polls, with when the wait began; true when the wait must end without what it waited for.
@@ -123,8 +124,7 @@ DEV u32 clock_low() {
   return t;
 }
 DEV void stand_still(u32 ns) {
-  for (const u64 began = timer_ns(); timer_ns() - began < ns;) {
-  }
+  for (const u64 began = timer_ns(); timer_ns() - began < ns;) {}
 }
 constexpr u32 kPollsPerCheck = 256;  // the abort word and the clock are looked at this seldom, off the fast path
 
@@ -135,7 +135,7 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
   u64 word[N][2] = {};
   u32 missing_pairs = (1u << count) - 1;  // only these are loaded again: polling shares the way to L2 with the stream
   auto ready = [&] {
-    UNROLL for (int i = 0; i < N; i++)
+  UNROLL for (int i = 0; i < N; i++)
       if (missing_pairs >> i & 1) load_words(address(i), word[i][0], word[i][1]);
     UNROLL for (int i = 0; i < N; i++)
       if ((u32)(word[i][0] >> 32) == epoch && (u32)(word[i][1] >> 32) == epoch) missing_pairs &= ~(1u << i);

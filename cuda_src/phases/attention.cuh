@@ -10,9 +10,9 @@
 
 namespace imex {
 
-constexpr int kMaxHeads = 16;        // query heads of one item: the tensor core's m = 16 operand
-constexpr int kSoloChunks = 8;       // contexts up to here are one run: one chunk a warp, and no second merge
-constexpr int kMinSplitChunks = 4;   // longer ones are cut into runs of at least so many chunks
+constexpr int kMaxHeads = 16;       // query heads of one item: the tensor core's m = 16 operand
+constexpr int kSoloChunks = 8;      // contexts up to here are one run: one chunk a warp, and no second merge
+constexpr int kMinSplitChunks = 4;  // longer ones are cut into runs of at least so many chunks
 
 struct Item {
   int row, kv_head, first_head, heads;  // query heads first_head .. + heads, all of this KV head

@@ -11,8 +11,13 @@ DEV Matrix down_proj_matrix(const Block& b) {
   const u32 slices = shape().down_slices, slice = slice_of(b);
   const int units = shape().hidden_size / kUnitRows, k = matrix_k(Phase::kDownProj);
   return {(const char*)b.params->down_proj + ((u64)b.waiter.layer * slices + slice) * shape().hidden_size * k * 2,
-          k, units, b.index / (int)slices, (int)divide_up(shape().num_blocks - slice, slices),
-          claim_counter(b, b.waiter.layer, 3 + slice), b.step / 2, -1};
+          k,
+          units,
+          b.index / (int)slices,
+          (int)divide_up(shape().num_blocks - slice, slices),
+          claim_counter(b, b.waiter.layer, 3 + slice),
+          b.step / 2,
+          -1};
 }
 
 }  // namespace imex

@@ -11,7 +11,8 @@ DEV bool embed(Block& b) {
   for (int row = 0; row < rows; row++) {
     const u32 token = b.shared->rows[row].token;
     // The table is in tile order like the LM head, which it is where embeddings are tied: 64-byte runs of 32 values.
-    const char* from = (const char*)b.params->embed + ((u64)(token / kUnitRows) * (hidden / 32) * kUnitRows + token % kUnitRows) * 64;
+    const char* from =
+        (const char*)b.params->embed + ((u64)(token / kUnitRows) * (hidden / 32) * kUnitRows + token % kUnitRows) * 64;
     float squares = 0.f;
     for (int n = 4 * b.thread; n < hidden; n += 4 * kConsumerThreads) {
       // A phase alone starts from a residual of zero.

@@ -8,7 +8,13 @@ namespace imex {
 DEV Matrix gate_up_matrix(const Block& b) {
   const int units = 2 * shape().intermediate_size / kUnitRows, hidden = shape().hidden_size;
   return {(const char*)b.params->gate_up + (u64)b.waiter.layer * units * kUnitRows * hidden * 2,
-          hidden, units, b.index, (int)shape().num_blocks, claim_counter(b, b.waiter.layer, 2), b.step / 2, 2 * (int)b.waiter.layer + 1};
+          hidden,
+          units,
+          b.index,
+          (int)shape().num_blocks,
+          claim_counter(b, b.waiter.layer, 2),
+          b.step / 2,
+          2 * (int)b.waiter.layer + 1};
 }
 
 DEV float silu(float x) { return x / (1.f + fast_exp(-x)); }

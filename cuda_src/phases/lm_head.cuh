@@ -7,8 +7,14 @@
 namespace imex {
 
 DEV Matrix lm_head_matrix(const Block& b, u32 uses) {
-  return {(const char*)b.params->lm_head, (int)shape().hidden_size, (int)shape().vocab_rows / kUnitRows, b.index,
-          (int)shape().num_blocks, claim_counter(b, shape().num_layers, 0), uses, 2 * (int)shape().num_layers};
+  return {(const char*)b.params->lm_head,
+          (int)shape().hidden_size,
+          (int)shape().vocab_rows / kUnitRows,
+          b.index,
+          (int)shape().num_blocks,
+          claim_counter(b, shape().num_layers, 0),
+          uses,
+          2 * (int)shape().num_layers};
 }
 
 // Candidates compare as integers: the logit's order first, then the lower id.

@@ -8,7 +8,13 @@ namespace imex {
 DEV Matrix o_proj_matrix(const Block& b) {
   const int units = shape().hidden_size / kUnitRows, k = matrix_k(Phase::kOProj);
   return {(const char*)b.params->o_proj + (u64)b.waiter.layer * shape().hidden_size * k * 2,
-          k, units, b.index, (int)shape().num_blocks, claim_counter(b, b.waiter.layer, 1), b.step / 2, -1};
+          k,
+          units,
+          b.index,
+          (int)shape().num_blocks,
+          claim_counter(b, b.waiter.layer, 1),
+          b.step / 2,
+          -1};
 }
 
 // Sends off a unit of a projection that ends in an exchange.

@@ -10,7 +10,13 @@ namespace imex {
 DEV Matrix qkv_matrix(const Block& b) {
   const int units = 2 * qkv_width() / kUnitRows, hidden = shape().hidden_size;
   return {(const char*)b.params->qkv + (u64)b.waiter.layer * units * kUnitRows * hidden * 2,
-          hidden, units, b.index, (int)shape().num_blocks, claim_counter(b, b.waiter.layer, 0), b.step / 2, 2 * (int)b.waiter.layer};
+          hidden,
+          units,
+          b.index,
+          (int)shape().num_blocks,
+          claim_counter(b, b.waiter.layer, 0),
+          b.step / 2,
+          2 * (int)b.waiter.layer};
 }
 
 DEV void emit_qkv(Block& b, int unit, int slot) {

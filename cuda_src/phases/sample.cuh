@@ -10,7 +10,8 @@ DEV bool sample(Block& b) {
   b.waiter.phase = Phase::kSample;
   mark(b, Mark::kBegin);
   const u32 epoch = layer_epoch(b.step, shape().num_layers);
-  const int rows = num_rows(b), sources = shape().world_size * shape().num_blocks, per_row = divide_up(sources, kConsumerThreads);
+  const int rows = num_rows(b), sources = shape().world_size * shape().num_blocks,
+            per_row = divide_up(sources, kConsumerThreads);
   u64 best = 0;
   auto source_of = [&](int i) { return (int)smaller(b.thread + i % per_row * kConsumerThreads, sources - 1); };
   gather(

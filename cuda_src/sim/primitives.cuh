@@ -155,7 +155,7 @@ struct Waiter {
   const RankParams* params;
   u32 layer;
   Phase phase;
-  bool failed;  // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
+  bool failed;      // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
   u32 word_clocks;  // trace.cuh: waited for words that were not there at the first poll
 };
 // Called when the deadline has passed or the rank was aborted; true when the wait must end without what it waited for.

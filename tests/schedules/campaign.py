@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +56,7 @@ class Kernel(KernelRun):
         case = configuration.case
         device = Device(configuration.lanes, case.num_blocks, max_stages=configuration.max_stages, **build)
         pages = [-(-r.positions // case.page_size) for r in configuration.requests]
-        shape = planner.make_shape(
-            case.config, machine=device.machine, num_pages=sum(pages) + 1, **case.options, tap=tap
-        )
+        shape = planner.make_shape(case.config, machine=device.machine, num_pages=sum(pages) + 1, **case.options, tap=tap)
         shape["window"] = configuration.window
         super().__init__(device, case.config, DummyWeights(case.config, case.seed), shape)
         self.table = np.zeros((int(shape["num_slots"]), int(shape["pages_per_slot"])), np.uint32)
@@ -115,15 +114,25 @@ class Kernel(KernelRun):
         if not launch.wait(self.timeout_s):
             launch.stop()
             raise Wrong(f"no end after {self.timeout_s:.0f} s: {launch.report[:2000]}")
+        self.stats = launch.stats
         for i in range(self.world):
             fault = self.fault(i)
-            expect(not fault["valid"], f"a wait of rank {i} gave up: {dict(zip(fault.dtype.names, fault.tolist(), strict=True))}")
+            expect(
+                not fault["valid"], f"a wait of rank {i} gave up: {dict(zip(fault.dtype.names, fault.tolist(), strict=True))}"
+            )
         return self.observe(count)
 
     def start(self, schedule: Schedule) -> SimLaunch:
         config = self.device.config
         config.seed = schedule.seed
-        options = {"mode": "rr", "delay_stores": False, "delay_copies": False, "split_words": False, "stalls": False, "preempt": 0}
+        options = {
+            "mode": "rr",
+            "delay_stores": False,
+            "delay_copies": False,
+            "split_words": False,
+            "stalls": False,
+            "preempt": 0,
+        }
         for name, value in (options | schedule.options).items():
             setattr(config, name, MODES.index(value) if name == "mode" else value)
         return self.device.launch(self.kernel, self.launch_params)
@@ -198,7 +207,7 @@ def describe(seed: int, lanes: int | None = None) -> str:
 def _shares(first: int, seeds: int, jobs: int) -> list[tuple[int, int]]:
     """(first, count) of each job, cut at configurations."""
     borders = [first, *(first + seeds * j // jobs // SCHEDULES * SCHEDULES for j in range(1, jobs)), first + seeds]
-    return [(a, b - a) for a, b in zip(borders, borders[1:], strict=False) if b > a]
+    return [(a, b - a) for a, b in pairwise(borders) if b > a]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -226,7 +235,9 @@ def main(arguments: list[str] | None = None) -> int:
             if args.seeds == 1:
                 print(f"  {describe(result.seed, args.lanes)}\n{result.wrong}")
     seconds = time.perf_counter() - began
-    print(f"{args.seeds} runs, seeds {args.first} to {args.first + args.seeds - 1}: {failed} failed, {args.seeds / seconds:.1f} runs/s")
+    print(
+        f"{args.seeds} runs, seeds {args.first} to {args.first + args.seeds - 1}: {failed} failed, {args.seeds / seconds:.1f} runs/s"
+    )
     return 1 if failed else 0
 
 

@@ -1,7 +1,7 @@
 """Hunts mutations and writes who caught what, after how many runs and seconds.
 
-    python -m tests.schedules.hunt [name …]            a table of all, or of some
-    python -m tests.schedules.hunt --by schedules NAME one hunt, in this process
+python -m tests.schedules.hunt [name …]            a table of all, or of some
+python -m tests.schedules.hunt --by schedules NAME one hunt, in this process
 """
 
 from __future__ import annotations

@@ -94,7 +94,9 @@ def observe_pages(seen: Observation, configuration: Configuration, shape: np.voi
         if not count:
             mine.append(np.zeros((0, 0), np.uint16))
             continue
-        both = [np.concatenate(pages.read(layer, i, count), axis=1).reshape(count, -1) for layer in range(int(shape["num_layers"]))]
+        both = [
+            np.concatenate(pages.read(layer, i, count), axis=1).reshape(count, -1) for layer in range(int(shape["num_layers"]))
+        ]
         mine.append(np.concatenate(both, axis=1))
     seen.keys.append(mine)
 
@@ -111,7 +113,9 @@ def compare(configuration: Configuration, known: Observation, seen: Observation)
         for rank, (x, y) in enumerate(zip(known.keys, seen.keys, strict=True)):
             n = min(len(x[i]), len(y[i]))
             wrong = np.flatnonzero((x[i][:n] != y[i][:n]).any(axis=1)) if n else []
-            expect(not len(wrong), f"request {i}: keys or values of rank {rank} differ at positions {[int(w) for w in wrong][:8]}")
+            expect(
+                not len(wrong), f"request {i}: keys or values of rank {rank} differ at positions {[int(w) for w in wrong][:8]}"
+            )
     for key, value in seen.rows.items():
         before = known.rows.setdefault(key, value)
         if len(before) == len(value) and before != value:
