@@ -3,6 +3,7 @@
 #   make demo          decode a real model in the simulator, two ranks      MODEL=/folder works offline
 #   make test          all tests that need no GPU                            make test-full: the long ones too
 #   make test-oracle   the reference against transformers (installs torch)   TORCH=torch==… pins it
+#   make simulate      the kernel under SEEDS=1000 seeded schedules          FIRST=seed, LANES=1 or 32; what fails says how to run it again
 #   make test-gpu      tests on this machine's GPU; installs nothing         PYTHON=python3 names the interpreter
 #   make lint          ruff, clang-format, rules of the tree                 make format, make abi
 #
@@ -19,7 +20,7 @@ CUDA_FILES = $$(git ls-files -co --exclude-standard 'cuda_src/*.cu' 'cuda_src/*.
 PY_DIRS := imex_persist tests $(wildcard examples)
 NO_REGISTRY = echo "pip could not install $(1) (its own words are above): a package registry must be reachable, see PIP_INDEX_URL" >&2; exit 1
 
-.PHONY: help demo test test-full test-oracle test-gpu lint format abi wheel clean
+.PHONY: help demo test test-full simulate test-oracle test-gpu lint format abi wheel clean
 help:
 	@sed -n '1,/^$$/{/^#/s/^# \{0,1\}//p}' Makefile | sed '/^SHELL/,$$d'
 
@@ -56,6 +57,9 @@ test: $(VENV)/.dev
 
 test-full: $(VENV)/.dev
 	$(PYTEST) -n $(JOBS) -m "not oracle and not gpu" tests
+
+simulate: $(VENV)/.dev
+	@$(BIN)/python -m tests.schedules.campaign --seeds $(or $(SEEDS),1000) --first $(or $(FIRST),0) --jobs $(JOBS) $(if $(LANES),--lanes $(LANES))
 
 test-oracle: $(VENV)/.oracle
 	$(PYTEST) -n $(JOBS) tests/oracle

@@ -51,7 +51,7 @@ DEV bool begin_step(Block& b) {
   }
   consumer_sync();
   if (b.thread == 0) mbar_arrive(&s.step_begin);
-  mark_clock(b);
+  mark_clock(b, timer_ns());
   take_word_clocks(b);  // waiting for a plan is no part of the step
   return true;
 }

@@ -24,14 +24,15 @@ DEV void planted_delay(const Block&) {}
 #endif
 
 DEV void mark(Block& b, Mark what, u32 value = 0) {
-  if (!traced(b.step) || b.thread) return;
+  if (!shape().trace || b.thread) return;
+  if (!traced(b.step)) return;
   put_event(b, 0, clock_low(), mark_of(what, b.waiter.phase, b.waiter.layer), value, b.step);
   if (what == Mark::kReady) planted_delay(b);
 }
 // Pairs the SM's clock with the GPU's timer, whose higher bits take the place of phase and layer.
-DEV void mark_clock(Block& b) {
-  if (!traced(b.step) || b.thread) return;
-  const u64 now = timer_ns();
+DEV void mark_clock(Block& b, u64 now) {
+  if (!shape().trace || b.thread) return;
+  if (!traced(b.step)) return;
   put_event(b, 0, clock_low(), (u32)Mark::kClock | (u32)(now >> 32) << 8, (u32)now, b.step);
 }
 // When an adder sent off its last unit of a phase: known, so written, when the next phase's first comes.

@@ -103,7 +103,9 @@ class Strategy(enum.IntEnum):
 class Mark(enum.IntEnum):
     """Kinds of TraceEvent: SENT by a block's adders, the others by one thread of its consumers. Waits are in clocks of the SM."""
 
-    CLOCK = 0  # a step begins; `value` is the GPU's timer in ns, to pair with `clock`; its bits 32-55 are in bits 8-31 of `what`
+    CLOCK = (
+        0  # a step begins; `value` is the GPU's timer in ns, to pair with `clock`; its bits 32-55 are in bits 8-31 of `what`
+    )
     BEGIN = 1  # the phase is entered
     INPUT = 2  # the words it takes in have arrived; `value`: waited for them, if the first poll did not find them
     READY = 3  # the activations are ready to be multiplied; `value`: 1 if they are, in attention the pages that were read
@@ -325,9 +327,7 @@ def render() -> str:
             out.append(f"  {_c_type(base)} {field}{''.join(f'[{n}]' for n in dims)};")
         out += ["};", f"static_assert(sizeof({name}) == {dtype.itemsize});"]
         out += [
-            f"IMEX_OFFSET({name}, {field}, {entry[1]});"
-            for field, entry in dtype.fields.items()
-            if not field.startswith("_")
+            f"IMEX_OFFSET({name}, {field}, {entry[1]});" for field, entry in dtype.fields.items() if not field.startswith("_")
         ]
     return "\n".join([*out, "", "}  // namespace imex", ""])
 

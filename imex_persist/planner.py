@@ -120,7 +120,8 @@ def make_shape(
 
 def _finer_slices_help(s) -> bool:
     """Whether twice the slices would let the kernel hold down_proj's activations in registers, at no second hop of the exchange."""
-    width, words = int(s["intermediate_size"]) // int(s["down_slices"]), int(s["hidden_size"]) * int(s["world_size"]) * int(s["down_slices"])
+    slices = int(s["down_slices"])
+    width, words = int(s["intermediate_size"]) // slices, int(s["hidden_size"]) * int(s["world_size"]) * slices
     return HELD_COLUMNS < width <= 2 * HELD_COLUMNS and 2 * words <= ONE_SHOT_WORDS and s["max_rows"] <= 8
 
 
@@ -132,7 +133,9 @@ def _rows_fit(config, world_size: int, rows: int, machine: Machine) -> bool:
     return True
 
 
-def _place_shared_memory(s, config, slices: int, one_shot_rows: int | None, strategy: abi.Strategy | None, machine: Machine) -> None:
+def _place_shared_memory(
+    s, config, slices: int, one_shot_rows: int | None, strategy: abi.Strategy | None, machine: Machine
+) -> None:
     rows, hidden, world, blocks = (int(s[k]) for k in ("max_rows", "hidden_size", "world_size", "num_blocks"))
     heads, kv_heads, head_dim = (int(s[k]) for k in ("num_heads", "num_kv_heads", "head_dim"))
     s["down_slices"] = slices
@@ -145,7 +148,9 @@ def _place_shared_memory(s, config, slices: int, one_shot_rows: int | None, stra
     owned = 2 * -(-(hidden // 2) // blocks)  # values of the residual that a slice owner keeps
     widest = max(hidden, heads * head_dim, int(s["intermediate_size"]) // slices)
     group = min(heads // kv_heads, 16)
-    attention = head_dim * (2 * group + 4 * rows) + abi.CONSUMER_WARPS * group * (head_dim + 2) * 4  # q, k and v, the warps' results
+    attention = (
+        head_dim * (2 * group + 4 * rows) + abi.CONSUMER_WARPS * group * (head_dim + 2) * 4
+    )  # q, k and v, the warps' results
     offset = abi.SHARED_HEADER_BYTES
     for field, size in (
         ("smem_x", max(rows * widest * 2, attention)),

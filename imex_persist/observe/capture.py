@@ -27,14 +27,20 @@ class Capture:
         self._one_clock = llm.group.placement.kind == "sim" or len(llm.group.placement.places) == 1
         self._reader = RingReader(llm.group.trace.view, llm.shape)
         self._parts: deque[np.ndarray] = deque(maxlen=MAX_STEPS_KEPT)
+        self._new: list[np.ndarray] = []  # of them, what poll has not returned
+
+    def drain(self) -> None:
+        """Fetches the steps that are new, two behind the kernel: all ranks have written them."""
+        events = self._reader.fetch(self._mailbox.steps - 2)
+        if len(events):
+            self._parts.append(events)
+            self._new.append(events)
 
     def poll(self) -> Trace | None:
-        """The steps that are new since the last call, or None. Two steps behind the kernel: all ranks have written them."""
-        events = self._reader.fetch(self._mailbox.steps - 2)
-        if not len(events):
-            return None
-        self._parts.append(events)
-        return self._decode(events)
+        """The steps drained since the last call, or None."""
+        self.drain()
+        new, self._new = self._new, []
+        return self._decode(np.concatenate(new)) if new else None
 
     def finish(self) -> Trace:
         """Everything so far. Call when no request runs."""

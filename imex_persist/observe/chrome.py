@@ -46,9 +46,8 @@ def _names(trace: Trace) -> Iterator[dict]:
 
 
 def _span(name: str, category: str, pid: int, tid: int, begin: float, us: float, args: dict) -> dict:
-    return {
-        "ph": "X", "name": name, "cat": category, "pid": pid, "tid": tid, "ts": round(begin, 4), "dur": round(max(us, 0.0), 4), "args": args,
-    }  # fmt: skip
+    times = {"ts": round(begin, 4), "dur": round(max(us, 0.0), 4)}
+    return {"ph": "X", "name": name, "cat": category, "pid": pid, "tid": tid, **times, "args": args}
 
 
 def _spans(trace: Trace) -> Iterator[dict]:
@@ -60,7 +59,9 @@ def _spans(trace: Trace) -> Iterator[dict]:
         for name in ("tiles", "words", "peers"):
             if s[name] > 0:
                 args[f"wait_{name}_us"] = round(float(s[name]), 4)
-        yield _span(Phase(int(s["phase"])).name.lower(), "phase", int(s["rank"]), int(s["block"]), begin, float(s["end"]) - begin, args)
+        yield _span(
+            Phase(int(s["phase"])).name.lower(), "phase", int(s["rank"]), int(s["block"]), begin, float(s["end"]) - begin, args
+        )
 
 
 def _flows(trace: Trace, step: int, number: int) -> Iterator[dict]:

@@ -82,6 +82,7 @@ def follow(stream, capture, live=None) -> None:
     looked, tokens = 0.0, 0
     for new in stream:
         tokens += len(new.token_ids)
+        capture.drain()
         if time.monotonic() - looked > DRAW_S:
             trace = capture.poll()
             if live is not None:
@@ -125,4 +126,6 @@ def _write(args: argparse.Namespace, trace, step: int) -> None:
 
 def _title(args: argparse.Namespace, llm) -> str:
     ranks = llm.config.tensor_parallel_size
-    return f"{args.model}, {llm.group.placement.kind}, {ranks} rank{'s' * (ranks != 1)} of {int(llm.shape['num_blocks'])} blocks"
+    return (
+        f"{args.model}, {llm.group.placement.kind}, {ranks} rank{'s' * (ranks != 1)} of {int(llm.shape['num_blocks'])} blocks"
+    )

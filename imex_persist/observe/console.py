@@ -53,7 +53,15 @@ def histogram(values: list[float], bins: int = 40) -> str:
 
 
 def table(title: str, *columns: str, left: int = 1) -> Table:
-    out = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+    out = Table(
+        title=Text(title, style="bold", no_wrap=True),
+        title_justify="left",
+        min_width=len(title) + 2,
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+        padding=(0, 1),
+    )
     for i, column in enumerate(columns):
         out.add_column(column, justify="left" if i < left else "right", no_wrap=True)
     return out
@@ -81,7 +89,18 @@ def show(r: dict, title: str, console: Console | None = None) -> None:
 
 
 def _phases(console: Console, r: dict) -> None:
-    out = table("Phases: a mean step, on its critical path", "phase", "time", "share", "bytes", "GB/s", "ceiling", "tiles", "words", "peers")
+    out = table(
+        "Phases: a mean step, on its critical path",
+        "phase",
+        "time",
+        "share",
+        "bytes",
+        "GB/s",
+        "ceiling",
+        "tiles",
+        "words",
+        "peers",
+    )
     for p in r["phases"]:
         ceiling = "unknown" if p["ceiling_gbs"] is None else f"{p['gbs'] / p['ceiling_gbs']:.0%}"
         out.add_row(
@@ -91,13 +110,28 @@ def _phases(console: Console, r: dict) -> None:
     console.print(out)
     given = r["phases"][0]["ceiling_gbs"]
     where = "--ceiling GB/s sets one" if given is None else f"of {given:.0f} GB/s"
-    console.print(Text(f"bytes: of one rank; ceiling: {where}; tiles, words, peers: what an average\nblock waited for\n", style="dim"))
+    console.print(
+        Text(
+            f"bytes: one rank's. ceiling: {where}. tiles, words, peers: what\n"
+            "an average block waited for: memory, its own rank, other ranks.\n",
+            style="dim",
+        )
+    )
 
 
 def _exchanges(console: Console, r: dict) -> None:
     if not r["exchanges"]:
         return
-    out = table("Exchanges: whose words left last, and how long until seen", "rank", "last", "late by p50", "max", "seen p50", "p90", "max")
+    out = table(
+        "Exchanges: whose words left last, and how long until seen",
+        "rank",
+        "last",
+        "late by p50",
+        "max",
+        "seen p50",
+        "p90",
+        "max",
+    )
     for e in r["exchanges"]:
         share = e["arrived_last"] / max(1, e["exchanges"])
         late, seen = e["late_by_us"], e["export_to_visible_us"]
@@ -133,7 +167,12 @@ def _path(console: Console, r: dict) -> None:
     slow, typical = c["slowest"], c["typical"]
     more = slow["us"] - typical["us"]
     console.print()
-    console.print(Text(f"Why was step {slow['step']} {us(slow['us'])} and not {us(typical['us'])} like step {typical['step']}?", style="bold"))
+    console.print(
+        Text(
+            f"Why was step {slow['step']} {us(slow['us'])} and not {us(typical['us'])} like step {typical['step']}?",
+            style="bold",
+        )
+    )
     for row in [w for w in c["why_slower"] if w["more_us"] > 0.05 * max(more, 1e-9)][:3]:
         text = f"  +{us(row['more_us'])} in {row['phase']}, {KIND_TEXT[row['kind']]} ({us(row['us'])} instead of {us(row['typical_us'])})"
         console.print(text, soft_wrap=True)

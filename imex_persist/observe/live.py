@@ -47,7 +47,9 @@ class LiveView:
         lines = [f"token {tokens} of {self.max_tokens}   {rate:.1f} tokens/s"]
         if self.steps_us:
             d = distribution(np.array(self.steps_us))
-            lines.append(f"step now {us(self.steps_us[-1])}   p50 {us(d['p50'])}   p90 {us(d['p90'])}   p99 {us(d['p99'])}   max {us(d['max'])}")
+            lines.append(
+                f"step now {us(self.steps_us[-1])}   p50 {us(d['p50'])}   p90 {us(d['p90'])}   p99 {us(d['p99'])}   max {us(d['max'])}"
+            )
             lines.append(f"{us(min(self.steps_us))} |{histogram(self.steps_us)}| {us(d['max'])}")
             total = sum(self.by_phase.values()) or 1.0
             order = sorted(self.by_phase.items(), key=lambda item: -item[1])

@@ -202,6 +202,8 @@ def usual(trace: Trace) -> dict[tuple[str, Phase], float]:
     out = {}
     for phase in Phase:
         s = trace.spans[trace.spans["phase"] == phase]
+        if phase in (Phase.ATTENTION, Phase.LM_HEAD):
+            s = s[s["value"] > 0]  # others had nothing to do
         if not len(s):
             continue
         taken = np.where(np.isnan(s["input"]), s["begin"], s["input"])

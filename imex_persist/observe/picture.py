@@ -69,7 +69,9 @@ def svg(trace: Trace, step: int) -> str:
     out.append(f'<text x="8" y="{y + ROW - 4}" font-weight="bold">critical path</text>')
     for s in path.segments:
         title = f"{s.phase.name.lower()} layer {s.layer}, {KIND_TEXT[s.kind]}, rank {s.rank} block {s.block}: {s.us:.2f} µs"
-        bar(y, s.begin_us, s.end_us, COLOURS[s.phase], 1.0 if s.kind == "compute" else 0.5 if s.kind == "tiles" else 0.25, title)
+        bar(
+            y, s.begin_us, s.end_us, COLOURS[s.phase], 1.0 if s.kind == "compute" else 0.5 if s.kind == "tiles" else 0.25, title
+        )
     y += ROW + 6
     for i in range(6):
         us = (end - begin) * i / 5

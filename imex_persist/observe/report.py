@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from imex_persist import abi, planner
 from imex_persist.abi import Phase
 from imex_persist.observe.align import exchange_places
 from imex_persist.observe.path import KINDS, Path, critical_path, suspects, usual
-from imex_persist.observe.spans import Trace, num_phases
+from imex_persist.observe.spans import EXCHANGED, Trace, num_phases
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
 
@@ -21,7 +23,7 @@ def distribution(values) -> dict[str, float]:
     """p50, p90, p99 and max, and the mean; zeros for none."""
     values = np.asarray(values, float)
     if not len(values):
-        return {name: 0.0 for name in ("mean", *PERCENTILES)}
+        return dict.fromkeys(("mean", *PERCENTILES), 0.0)
     return {"mean": float(values.mean())} | {name: float(np.percentile(values, q)) for name, q in PERCENTILES.items()}
 
 
@@ -50,16 +52,17 @@ def phase_bytes(shape: np.void, spans: np.ndarray) -> dict[Phase, float]:
 def phase_rows(trace: Trace, paths: list[Path], ceiling_gbs: float | None) -> list[dict]:
     """Per phase, means over the steps: µs on the critical path and its share, bytes and rate, and an average block's waits."""
     steps, blocks = max(1, len(paths)), int(trace.shape["num_blocks"]) * int(trace.shape["world_size"])
-    on_path = {phase: 0.0 for phase in Phase}
+    on_path = dict.fromkeys(Phase, 0.0)
     for path in paths:
         for (phase,), us in path.total("phase").items():
             on_path[phase] += us / steps
     total = sum(on_path.values()) or 1.0
-    sizes = phase_bytes(trace.shape, trace.spans)
+    sizes, waits = phase_bytes(trace.shape, trace.spans), word_waits(trace)
     rows = []
     for phase in Phase:
         s = trace.spans[trace.spans["phase"] == phase]
-        us, mean = on_path[phase], lambda name, s=s: float(s[name].sum()) / steps / blocks
+        us = on_path[phase]
+        words, peers = waits.get(phase, (0.0, 0.0))
         rows.append(
             {
                 "phase": name_of(phase),
@@ -69,12 +72,37 @@ def phase_rows(trace: Trace, paths: list[Path], ceiling_gbs: float | None) -> li
                 "bytes": sizes[phase],
                 "gbs": sizes[phase] / us / 1e3 if us > 0 else 0.0,
                 "ceiling_gbs": ceiling_gbs,
-                "wait_tiles_us": mean("tiles"),
-                "wait_words_us": mean("words"),
-                "wait_peers_us": mean("peers"),
+                "wait_tiles_us": float(s["tiles"].sum()) / steps / blocks,
+                "wait_words_us": words,
+                "wait_peers_us": peers,
             }
         )
     return rows
+
+
+def word_waits(trace: Trace) -> dict[Phase, tuple[float, float]]:
+    """µs that an average block waited for words in a step, (of its own rank, of other ranks), by phase.
+
+    A block waited from when it was ready for a phase's words until the last of them left its sender; what follows is the hop, and
+    what left earlier was not waited for. Whose the last was decides which kind it is.
+    """
+    world = int(trace.shape["world_size"])
+    sums = {phase: np.zeros(2) for phase in Phase}
+    for step in trace.steps:
+        table = trace.table(step)
+        out = np.where(np.isnan(table["sent"]), table["end"], table["sent"])
+        out[..., -2] = table["begin"][..., -1]  # as in path.py
+        for target in range(2, num_phases(trace.shape)):
+            phase = Phase(int(table["phase"][0, 0, target]))
+            source = target - 1
+            ready, taken = table["begin"][..., target], table["input"][..., target]
+            left = out[..., source].max(axis=1)  # [ranks]
+            for rank in range(world):
+                last = int(np.argmax(left)) if phase in EXCHANGED else rank
+                waited = np.clip(np.minimum(left[last], taken[rank]) - ready[rank], 0.0, None)
+                sums[phase][int(last != rank)] += np.nansum(waited)
+    count = max(1, len(trace.steps)) * world * int(trace.shape["num_blocks"])
+    return {phase: (float(a) / count, float(b) / count) for phase, (a, b) in sums.items()}
 
 
 def exchange_rows(trace: Trace) -> list[dict]:
@@ -124,7 +152,9 @@ def request_rows(outputs: list, seen_ns: list[int | None]) -> list[dict]:
                 "ttft_us": None if m.time_to_first_token is None else m.time_to_first_token * 1e6,
                 "device_ttft_us": (times[0] - seen) / 1e3 if times and seen else None,  # descriptor seen -> token published
                 "itl_us": distribution(np.diff(times) / 1e3),
-                "tokens_per_s": (len(times) - 1) * 1e9 / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else 0.0,
+                "tokens_per_s": (len(times) - 1) * 1e9 / (times[-1] - times[0])
+                if len(times) > 1 and times[-1] > times[0]
+                else 0.0,
             }
         )
     return rows
@@ -192,7 +222,7 @@ def report(trace: Trace, *, requests: list[dict] = (), ceiling_gbs: float | None
         "lost_steps": len(trace.lost),
         "step_us": distribution([p.us for p in paths]),
         "step_us_each": [p.us for p in paths],
-        "gap_us": distribution([b.begin_us - a.end_us for a, b in zip(paths, paths[1:], strict=False) if b.step == a.step + 1]),
+        "gap_us": distribution([b.begin_us - a.end_us for a, b in pairwise(paths) if b.step == a.step + 1]),
         "phases": phase_rows(trace, paths, ceiling_gbs),
         "exchanges": exchange_rows(trace),
         "requests": list(requests),

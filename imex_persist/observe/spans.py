@@ -8,6 +8,7 @@ the mean of its neighbours' line; how far the pairs lie from those lines is the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -114,7 +115,7 @@ class _Pairs:
         residuals, rates = [0.0], []
         block = _key(clocks, with_step=False)
         edges = [0, *(np.nonzero(np.diff(block))[0] + 1), len(block)]
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
+        for low, high in pairwise(edges):
             residuals += self._fit(low, high, rates)
         self.ghz = float(np.median(rates)) if rates else 1.0
         if rates:

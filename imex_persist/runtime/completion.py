@@ -106,6 +106,10 @@ class CompletionStream:
         """What has been generated so far."""
         return self._completion.result()
 
+    @property
+    def request(self) -> Request:
+        return self._completion.request
+
     def close(self) -> None:
         self._completion.cancel()
 

@@ -59,7 +59,7 @@ class RankMemory:
         self.device.upload(self.symmetric, 0, np.zeros(len(self.peers) * VERIFY_WORD, np.uint8))
 
     def params(self, *, mailbox: int, fault: int, deadline_us: int, trace: int = 0) -> np.void:
-        """The abi.RankParams of this rank; `mailbox`, `fault` and `trace` are addresses as the kernel sees them, `mailbox` 0 beside rank 0."""
+        """The abi.RankParams of this rank; `mailbox` (0 beside rank 0), `fault` and `trace` are addresses as the kernel sees them."""
         out = np.zeros((), abi.RankParams)
         for name in WEIGHTS:
             out[name] = self.weights[name].address

@@ -36,6 +36,7 @@ PACKAGES = (
     "transformers",
 )
 TEST_S = 120  # of one test, where pytest-timeout is installed
+MAX_FAILED = 20  # of one file: a kernel that hangs costs its deadline every time
 
 
 def said(*command: str) -> str:
@@ -91,18 +92,18 @@ def run_file(path: Path, limit_s: float, log, options: list[str]) -> Result:
     result = Result(str(path.relative_to(ROOT)))
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--durations=8", "-o", f"timeout={TEST_S}"]
-        command += [f"--junitxml={told}", str(path), *options]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--durations=8", f"--maxfail={MAX_FAILED}"]
+        command += ["-o", f"timeout={TEST_S}", "-o", "timeout_method=signal", f"--junitxml={told}", str(path), *options]
         log.write(f"\n=== {result.name}\n")
         log.flush()
         start = time.monotonic()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
         try:
             code = process.wait(limit_s)
-            if code not in (0, 1, 5):  # 1: tests failed, 5: none was chosen
-                result.problems.append(f"pytest ended with exit code {code}: see the log")
+            if code not in (0, 1, 5) or not told.exists():  # 1: tests failed, 5: none was chosen
+                result.problems.append(f"pytest ended with exit code {code}; the log ends: {last_words(log.name)}")
         except subprocess.TimeoutExpired:
-            result.problems.append(f"was ended after {limit_s:.0f} s")
+            result.problems.append(f"was ended after {limit_s:.0f} s; the log ends: {last_words(log.name)}")
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # its own group: it has a session of its own
@@ -111,6 +112,12 @@ def run_file(path: Path, limit_s: float, log, options: list[str]) -> Result:
         if told.exists():
             read_junit(told, result)
     return result
+
+
+def last_words(path: str) -> str:
+    with open(path, errors="replace") as file:
+        lines = [line.strip() for line in file if line.strip()]
+    return " | ".join(lines[-3:])[-400:]
 
 
 def read_junit(path: Path, result: Result) -> None:

@@ -4,7 +4,7 @@ The kernel decodes alone first. Then prompts made of its own tokens, each one st
 tap, since a step that samples computes those of all its rows. A position has the same bits in a prompt as when it was decoded: that
 is checked too, and so the logits are those the tokens were chosen from.
 
-`IMEX_TEST_DEVICE=sim pytest --noconftest tests/gpu/test_accuracy.py` runs the small models in the simulator, to test the tests.
+`TEST_DEVICE=sim pytest --noconftest tests/gpu/test_accuracy.py` runs the small models in the simulator, to test the tests.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.kernel import harness
 from tests.kernel.harness import KernelRun
 from tests.kernel.pages import garbage
 
-SIMULATED = os.environ.get("IMEX_TEST_DEVICE") == "sim"
+SIMULATED = os.environ.get("TEST_DEVICE") == "sim"
 SMALLER = 4 if SIMULATED else 1
 SEED = 7
 NUM_PROMPT, NUM_TOKENS = 16, 40 if SIMULATED else 256

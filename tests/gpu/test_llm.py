@@ -1,6 +1,6 @@
 """LLM on one GPU, with its processes: from a folder as transformers writes it to tokens, and back to a clean machine.
 
-`IMEX_TEST_DEVICE=sim pytest --noconftest tests/gpu/test_llm.py` runs it in the simulator, to test the tests.
+`TEST_DEVICE=sim pytest --noconftest tests/gpu/test_llm.py` runs it in the simulator, to test the tests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.kernel.whole import logit_limit
 from tests.model.helpers import random_tensors
 from tests.runtime.groups import all_gone, pids
 
-SIMULATED = os.environ.get("IMEX_TEST_DEVICE") == "sim"
+SIMULATED = os.environ.get("TEST_DEVICE") == "sim"
 DEVICE = "sim" if SIMULATED else "cuda"
 DEADLINE_S = 2.0
 GRACE_S = 3.0  # beyond the deadline, for a fault to be told

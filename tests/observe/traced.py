@@ -42,13 +42,27 @@ class TracedRun(KernelRun):
 
 
 def run(
-    *, world: int = 2, blocks: int = 4, trace: int = 2048, lanes: int = 1, requests=REQUESTS, delay: str = "", device_options=None, **plan
+    *,
+    world: int = 2,
+    blocks: int = 4,
+    trace: int = 2048,
+    lanes: int = 1,
+    requests=REQUESTS,
+    delay: str = "",
+    device_options=None,
+    **plan,
 ) -> TracedRun:
     """`delay`: "{rank, block, phase, layer, ns}" of one block that stands still once a step."""
     defines = (f"IMEX_PLANTED_DELAY={delay}",) if delay else ()
     device = SimDevice(lanes, blocks, defines=defines, **(device_options or {}))
     shape = planner.make_shape(
-        CONFIG, world_size=world, max_rows=plan.pop("max_rows", 2), max_model_len=256, machine=device.machine, trace=trace, **plan
+        CONFIG,
+        world_size=world,
+        max_rows=plan.pop("max_rows", 2),
+        max_model_len=256,
+        machine=device.machine,
+        trace=trace,
+        **plan,
     )
     traced = TracedRun(device, shape)
     traced.tokens = traced.decode(requests)

@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lanes", type=int, choices=(1, 32), help="this form of the simulator only")
     args = parser.parse_args(arguments)
     began = time.perf_counter()
-    if args.jobs > 1:
+    if args.jobs > 1 and args.seeds > 1:
         command = [sys.executable, "-m", "tests.schedules.campaign", *(["--lanes", str(args.lanes)] if args.lanes else [])]
         jobs = [
             subprocess.Popen([*command, "--first", str(a), "--seeds", str(n)], cwd=ROOT, env={**os.environ})

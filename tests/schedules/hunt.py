@@ -26,7 +26,7 @@ from .observation import Wrong, compare
 ROOT = Path(__file__).parents[2]
 QUICK_CXX = f"{sys.executable} {Path(__file__).with_name('quick_cxx.py')}"
 STRIDE = 3  # seeds of the campaign, but more configurations than it would have run by then
-RUNS, SECONDS = 600, 40.0
+RUNS, SECONDS = 600, 25.0
 
 
 @dataclass
@@ -62,7 +62,7 @@ def _known_kernels(**build):
         yield seed, kernel, known
 
 
-def by_schedules(name: str) -> str:
+def by_schedules(name: str, seconds: float = SECONDS) -> str:
     began = None
     for runs, (seed, kernel, known) in enumerate(_known_kernels(source=source_of(name), cxx=QUICK_CXX), 1):
         began = began or time.monotonic()
@@ -71,7 +71,7 @@ def by_schedules(name: str) -> str:
             compare(kernel.configuration, known, kernel.run(schedule(seed)))
         except (Wrong, DeviceError) as error:
             return f"seed {seed}: {str(error).splitlines()[0][:160]}"
-        if time.monotonic() - began > SECONDS:
+        if time.monotonic() - began > seconds:
             break
     return ""
 
@@ -91,7 +91,8 @@ def by_tsan(name: str) -> Found | None:
         out, err = sanitized.run("tsan", 32, source_of(name), which)
         races = sanitized.races(err)
         if races or out != "right":
-            what = races[0] if races else next((line for line in reversed(err.splitlines()) if line), out)[:160]
+            said = [line for line in err.splitlines() if "Wrong: " in line or "Error: " in line]
+            what = (races or said or err.splitlines()[-1:] or [out])[0][:160]
             return Found("tsan", runs, time.monotonic() - began, what)
     return None
 
@@ -130,9 +131,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.schedules.hunt")
     parser.add_argument("names", nargs="*", metavar="name")
     parser.add_argument("--by", choices=("schedules", "drill"))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of schedules")
     args = parser.parse_args()
     if args.by:
-        if said := {"schedules": by_schedules, "drill": by_drill}[args.by](args.names[0]):
+        if said := by_drill(args.names[0]) if args.by == "drill" else by_schedules(args.names[0], args.seconds):
             print("caught " + said)
         return 3 if said else 0
     for name in args.names or MUTATIONS:

@@ -27,7 +27,7 @@ WORDS = (
              (("stream.cuh", IDLE[0], IDLE[1].replace("if (m.num_blocks", "if (b.waiter.phase == Phase::kOProj && m.num_blocks")),
               ("stream.cuh", *IDLE_CLAIMS)), **TSAN),
     one("claims_start_elsewhere", "the claims of a use are counted from the wrong base", "phases/qkv.cuh",
-        "claim_counter(b, b.waiter.layer, 0), b.step / 2,", "claim_counter(b, b.waiter.layer, 0), (b.step + 1) / 2,"),
+        "b.step / 2", "(b.step + 1) / 2"),
     one("lm_head_claims_by_step", "the LM head's counter is taken to be used in every step", "decode.cu",
         "b.step & 1 ? p.num_lm_head_odd++ : p.num_lm_head_even++", "b.step / 2"),
     Mutation("one_claim_counter", "a counter is shared by neighbouring steps",
@@ -55,7 +55,7 @@ KV = (
 )  # fmt: skip
 MAILBOX = (
     one("two_steps_ahead", "a plan overwrites one that is not read yet", "mailbox.cuh",
-        "m.published <= m.done + 1;", "m.published <= m.done + 2;"),
+        "m.published <= m.done + 1", "m.published <= m.done + 2"),
     one("step_not_awaited", "tokens are handed out before they are sampled", "mailbox.cuh",
         "mbar_test_now(&b.shared->step_end[m.done & 1], m.done >> 1 & 1)", "true"),
     Mutation("one_token_buffer", "tokens of the next step overwrite those the mailbox still reads",

@@ -78,7 +78,7 @@ def main(kind: str, lanes: str, source: str, *names: str) -> None:
     build = {"tsan": True} if kind == "tsan" else {"cxx": UBSAN}
     for name in names:
         chosen = tiny(int(name[1:]), int(lanes)) if name[0] == "t" else configuration(int(name), int(lanes))
-        kernel = Kernel(chosen, source=None if source == "-" else source, tap=False, deadline_us=20_000, **build)
+        kernel = Kernel(chosen, source=None if source == "-" else source, tap=False, **build)
         first, *others = [kernel.run(schedule) for schedule in SCHEDULES]
         for other in others:
             compare(chosen, first, other)
