@@ -66,7 +66,7 @@ test-oracle: $(VENV)/.oracle
 
 test-gpu:
 	@$(PYTHON) -c 'import pytest, numpy, ml_dtypes' || { echo "$(PYTHON) lacks a package that the GPU tests need (its own words are above): pip install '.[dev,cuda13]', or name another PYTHON" >&2; exit 1; }
-	$(PYTHON) -m pytest -p no:cacheprovider tests/gpu $(wildcard tests/multi_gpu)
+	$(PYTHON) -m pytest -p no:cacheprovider tests/gpu tests/model/test_cupy.py $(wildcard tests/multi_gpu)
 
 # ---------------------------------------------------------------------------------------------------- keeping tidy
 lint: $(VENV)/.dev

@@ -17,7 +17,7 @@ DEV void add_units(Block& b, int adder) {
   for (u32 n = adder;; n += kAdderWarps) {
     const int slot = n % kPartSlots;
     mbar_wait(b.waiter, Wait::kPartial, true, &b.shared->done[slot], n / kPartSlots & 1);
-    if (b.waiter.failed) return;
+    if (warp_any(b.waiter.failed)) return;
     const UnitNote note = b.shared->notes[slot];
     mark_sent(b, adder, sent, note, false);
     if (note.unit == kUnitExit) return;

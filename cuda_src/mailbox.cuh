@@ -147,7 +147,9 @@ DEV u32 choose_rows(MailboxWarp& m) {
     slot.num_planned += row.samples;
     s.num_sampling += row.samples;
   };
-  ROLLED for (u32 i = 0; i < shape().num_slots && count < shape().max_rows; i++) {
+  const u32 first = shape().num_slots > shape().max_rows ? step : 0;  // more sequences than rows take turns
+  ROLLED for (u32 turn = 0; turn < shape().num_slots && count < shape().max_rows; turn++) {
+    const u32 i = (first + turn) % shape().num_slots;
     SlotState& slot = s.slots[i];
     if (slot.active != 1 || slot.next_position < slot.prompt_len || slot.num_planned == slot.max_tokens) continue;
     add(slot, i, slot.last_step < m.done ? kKnownToken : slot.last_row);

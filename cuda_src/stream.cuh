@@ -18,30 +18,33 @@ struct Producer {
 };
 
 // Takes the next stage: waits until the consumers have left it, and until at most window - 1 copies are in flight. More in flight
-// is only a queue in front of everybody's words (docs/performance.md); depth is for buffering while consumers wait.
-DEV void take_stage(Block& b, Producer& p, int unit) {
+// is only a queue in front of everybody's words (docs/performance.md); depth is for buffering while consumers wait. False when the
+// block must leave: then nothing was taken, so that what drain_copies waits for is exactly what was filled.
+DEV bool take_stage(Block& b, Producer& p, int unit) {
   mbar_wait(b.waiter, Wait::kStage, true, &b.shared->empty[p.ring.stage], p.ring.parity ^ 1);
+  if (b.waiter.failed) return false;
   if (p.num_filled == (int)shape().window) {
     mbar_wait(b.waiter, Wait::kTile, false, &b.shared->full[p.trailing.stage], p.trailing.parity);
+    if (b.waiter.failed) return false;
     advance(p.trailing);
-  } else {
-    p.num_filled++;
+    p.num_filled--;
   }
   b.shared->unit[p.ring.stage] = unit;  // released to the consumers by the arrival on `full`
+  return true;
 }
 DEV void push_tile(Block& b, Producer& p, int unit, const char* from, u32 bytes) {
-  take_stage(b, p, unit);
-  if (b.waiter.failed) return;
+  if (!take_stage(b, p, unit)) return;
   u64* full = &b.shared->full[p.ring.stage];
   mbar_arrive_expect(full, bytes);
   bulk_copy(ring_stage(b, p.ring.stage), from, bytes, full);
   advance(p.ring);
+  p.num_filled++;
 }
 DEV void push_mark(Block& b, Producer& p, int unit) {
-  take_stage(b, p, unit);
-  if (b.waiter.failed) return;
+  if (!take_stage(b, p, unit)) return;
   mbar_arrive(&b.shared->full[p.ring.stage]);
   advance(p.ring);
+  p.num_filled++;
 }
 // Nothing may land in shared memory once the block is gone: waits for the copies still in flight.
 DEV void drain_copies(Block& b, Producer& p) {
@@ -172,7 +175,7 @@ DEV void multiply_units(Block& b, int k) {
         const int t = base + held;
         if (t >= tiles) break;
         wait_full(b);
-        if (b.waiter.failed) return;
+        if (warp_any(b.waiter.failed)) return;  // all lanes or none: what follows needs the whole warp
         accum_multiply(acc, ring_stage(b, b.ring.stage), operand, t, held, chunks, b.warp, rows);  // of a mark too, in vain: it
         unit = b.shared->unit[b.ring.stage];                                                     // saves every tile a round trip
         release_stage(b);

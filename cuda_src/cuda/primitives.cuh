@@ -173,6 +173,7 @@ DEV bool consumer_any(bool mine) {  // a barrier, and whether any consumer said 
   return any;
 }
 DEV void warp_sync() { __syncwarp(); }
+DEV bool warp_any(bool v) { return __any_sync(~0u, v); }  // also brings the lanes together
 DEV u32 shuffle(u32 v, int lane) { return __shfl_sync(~0u, v, lane); }
 DEV float warp_sum(float v) {
   UNROLL for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);

@@ -134,7 +134,7 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
   const int position = b.shared->rows[item.row].position, page_chunks = shape().page_size / kChunk;
   for (int page = item.first_page; page < item.end_page; page++) {
     wait_stage(b);
-    if (b.waiter.failed) break;
+    if (warp_any(b.waiter.failed)) break;
     ROLLED for (int c = 0; c < page_chunks; c++) {
       const int chunk = page * page_chunks + c, first = chunk * kChunk;
       if (chunk % kConsumerWarps != b.warp || first > position) continue;
@@ -182,7 +182,7 @@ DEV void merge_splits(Block& b, u32 epoch) {
   for (int row = 0; row < num_rows(b); row++) {
     const int splits = num_splits(b.shared->rows[row].position);
     if (splits == 1) continue;
-    for (int pair = b.index + shape().num_blocks * b.warp; pair < pairs && !b.waiter.failed; pair += stride) {
+    for (int pair = b.index + shape().num_blocks * b.warp; pair < pairs; pair += stride) {
       Item item;
       item.row = row;
       const int head = pair / (dim / 2), d = pair % (dim / 2) * 2;

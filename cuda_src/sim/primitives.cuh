@@ -219,6 +219,16 @@ DEV void warp_sync() {
   sim::point();
   sim::warp_synchronize();
 }
+DEV bool warp_any(bool v) {
+  if (LANES == 1) return v;
+  u32 any = v;
+  sim::collective(&any, [](void** lane) {
+    u32 all = 0;
+    for (int i = 0; i < LANES; i++) all |= *(u32*)lane[i];
+    for (int i = 0; i < LANES; i++) *(u32*)lane[i] = all;
+  });
+  return any;
+}
 DEV u32 shuffle(u32 v, int lane) {
   if (LANES == 1) return v;
   struct Part {

@@ -92,12 +92,15 @@ def run_file(path: Path, limit_s: float, log, options: list[str]) -> Result:
     result = Result(str(path.relative_to(ROOT)))
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--durations=8", f"--maxfail={MAX_FAILED}"]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "--durations=8", f"--maxfail={MAX_FAILED}"]
         command += ["-o", f"timeout={TEST_S}", "-o", "timeout_method=signal", f"--junitxml={told}", str(path), *options]
         log.write(f"\n=== {result.name}\n")
         log.flush()
         start = time.monotonic()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+        unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}  # so that the log names the test that hung
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=unbuffered, start_new_session=True
+        )
         try:
             code = process.wait(limit_s)
             if code not in (0, 1, 5) or not told.exists():  # 1: tests failed, 5: none was chosen

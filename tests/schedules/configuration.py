@@ -102,7 +102,7 @@ def configuration(number: int, lanes: int | None = None) -> Configuration:
         num_attention_heads=kv_heads * group,
         num_key_value_heads=kv_heads,
         intermediate_size=int(rng.choice([64, 96, 160])) * world,
-        vocab_size=int(rng.integers(40, 150)),
+        vocab_size=int(rng.choice([rng.integers(40, 150), rng.integers(150, 500)])),  # so that some blocks claim units of it
         num_hidden_layers=1 if many else 2,
         tie_word_embeddings=bool(rng.integers(2)),
     )

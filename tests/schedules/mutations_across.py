@@ -25,7 +25,8 @@ WORDS = (
              (("stream.cuh", *IDLE), ("stream.cuh", *IDLE_CLAIMS))),
     Mutation("block_without_an_o_proj_unit", "condition C: one block publishes nothing in o_proj",
              (("stream.cuh", IDLE[0], IDLE[1].replace("if (m.num_blocks", "if (b.waiter.phase == Phase::kOProj && m.num_blocks")),
-              ("stream.cuh", *IDLE_CLAIMS)), **TSAN),
+              ("stream.cuh", *IDLE_CLAIMS)), **NOBODY,
+             why="harmless where the block still has a unit of qkv, gate_up and down_proj, whose words carry the same order"),
     one("claims_start_elsewhere", "the claims of a use are counted from the wrong base", "phases/qkv.cuh",
         "b.step / 2", "(b.step + 1) / 2"),
     one("lm_head_claims_by_step", "the LM head's counter is taken to be used in every step", "decode.cu",
@@ -38,7 +39,8 @@ WORDS = (
 )  # fmt: skip
 KV = (
     one("kv_writer_without_barrier", "a block's word leaves before its other warps' pages", "phases/lm_head.cuh",
-        "  if (!all_well(b)) return false;\n", "  if (b.waiter.failed) return false;\n"),
+        "  if (!all_well(b)) return false;\n", "  if (b.waiter.failed) return false;\n", **NOBODY,
+        why="no bug: barriers of down_proj and of the exchange stand between append_kv and this one"),
     one("kv_writer_without_proxy_fence", "pages are written, but not for the async proxy", "phases/lm_head.cuh",
         "fence_async_global();  // the KV rule: this block's", "// the KV rule: this block's"),
     one("kv_writer_without_fence", "a block's word overtakes its pages", "phases/lm_head.cuh",
