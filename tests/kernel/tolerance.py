@@ -6,7 +6,7 @@ it. So a bound is as tight for a small output as for a large one, and needs no t
 
 | constant | dtype    | value  | what it bounds                                     |
 |----------|----------|--------|----------------------------------------------------|
-| SUM      | float32  | 2^-20  | sums of products of bf16, relative to sum of |a b| |
+| SUM      | float32  | 2^-19  | sums of products of bf16, relative to sum of |a b| |
 | BF16     | bfloat16 | 2^-8   | a value that is stored as bf16, relative           |
 | NORM     | float32  | 2^-18  | x / rms(x) * weight before it is rounded, relative |
 | EXP      | float32  | 2^-18  | e^x, relative, |x| up to 88                        |
@@ -32,7 +32,7 @@ from imex_persist.model import phases
 from imex_persist.model.bf16 import round_bf16
 from imex_persist.model.phases import EXACT
 
-SUM = 2.0**-20
+SUM = 2.0**-19
 BF16 = 2.0**-8
 NORM = 2.0**-18
 EXP = 2.0**-18

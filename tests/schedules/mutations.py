@@ -110,7 +110,7 @@ RING = (
     gone("stage_not_awaited", "the producer overwrites stages that are in use", "stream.cuh",
          "  mbar_wait(b.waiter, Wait::kStage, true, &b.shared->empty[p.ring.stage], p.ring.parity ^ 1);\n"),
     one("page_stage_not_awaited", "attends to a page that has not landed", "phases/attention.cuh",
-        "    wait_stage(b);\n    if (b.waiter.failed) break;", "    if (b.waiter.failed) break;"),
+        "    wait_stage(b);\n    if (", "    if ("),
     gone("slot_not_awaited", "partial sums overwrite those of a unit still being added", "stream.cuh",
          "  mbar_wait(b.waiter, Wait::kPartial, false, &b.shared->free[slot], (b.num_units / kPartSlots & 1) ^ 1);\n"),
     one("slot_freed_early", "an adder frees a slot before it has read it", "adders.cuh",

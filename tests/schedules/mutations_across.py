@@ -22,7 +22,7 @@ WORDS = (
     one("one_sum_buffer", "down sums overwrite o sums that a late block still reads", "exchange.cuh",
         "shape().off_down_part, shape().off_down_sum", "shape().off_down_part, shape().off_o_sum"),
     Mutation("block_without_a_unit", "condition C: one block publishes nothing in any matrix phase (as with grid > hidden / 8)",
-             (("stream.cuh", *IDLE), ("stream.cuh", *IDLE_CLAIMS))),
+             (("stream.cuh", *IDLE), ("stream.cuh", *IDLE_CLAIMS)), **DRILL),
     Mutation("block_without_an_o_proj_unit", "condition C: one block publishes nothing in o_proj",
              (("stream.cuh", IDLE[0], IDLE[1].replace("if (m.num_blocks", "if (b.waiter.phase == Phase::kOProj && m.num_blocks")),
               ("stream.cuh", *IDLE_CLAIMS)), **NOBODY,
@@ -44,7 +44,9 @@ KV = (
     one("kv_writer_without_proxy_fence", "pages are written, but not for the async proxy", "phases/lm_head.cuh",
         "fence_async_global();  // the KV rule: this block's", "// the KV rule: this block's"),
     one("kv_writer_without_fence", "a block's word overtakes its pages", "phases/lm_head.cuh",
-        "    fence_gpu();\n    const u32 at", "    const u32 at"),
+        "    fence_gpu();\n    const u32 at", "    const u32 at", **NOBODY,
+        why="not in 80 s: the block's own fence as a reader follows at once and makes up for it; the litmus test of tests/sim does "
+        "find it (kv.cu, BUG_NO_WRITER_FENCE)"),
     one("kv_reader_without_fence", "words of `sample` make nothing else fresh", "phases/sample.cuh",
         "fence_gpu();  // the KV rule, reader's side", "// the KV rule, reader's side"),
     one("kv_reader_without_proxy_fence", "copies through the async proxy read old pages", "decode.cu",
@@ -62,7 +64,7 @@ MAILBOX = (
         "mbar_test_now(&b.shared->step_end[m.done & 1], m.done >> 1 & 1)", "true"),
     Mutation("one_token_buffer", "tokens of the next step overwrite those the mailbox still reads",
              (("phases/sample.cuh", "tokens[b.step & 1][row]", "tokens[0][row]"), ("plan.cuh", "tokens[(b.step & 1) ^ 1]", "tokens[0]"),
-              ("mailbox.cuh", "m.shared->tokens[parity][r]", "m.shared->tokens[0][r]"))),
+              ("mailbox.cuh", "m.shared->tokens[parity][r]", "m.shared->tokens[0][r]")), **TSAN),
     one("released_before_the_ghost", "a slot goes back to the host while a planned step still has a row of it", "mailbox.cuh",
         "if (slot.active != 2 || (slot.last_step != ~0u && slot.last_step >= m.done)) return;", "if (slot.active != 2) return;", **DRILL),
     Mutation("record_announced_first", "the host sees a record's number before its contents",
@@ -75,5 +77,5 @@ MAILBOX = (
 MUTATIONS = {m.name: m for m in (*BLOCK, *WARP, *RING, *WORDS, *KV, *MAILBOX)}
 QUICK = (  # of every group one; hand-picked for time
     "gather_without_barrier", "hand_over_without_warp_sync", "expect_too_few_bytes", "one_sum_buffer",
-    "kv_writer_without_fence", "two_steps_ahead",
+    "kv_reader_without_proxy_fence", "two_steps_ahead",
 )  # fmt: skip

@@ -34,7 +34,7 @@ def test_no_race_between_threads(configuration):
 
 def test_no_race_between_warps():
     hostcc.build(1, tsan=True)
-    out, err = sanitized.run("tsan", 1, None, "0", "1", "2", "4")
+    out, err = sanitized.run("tsan", 1, None, "t0", "t1", "1")
     assert sanitized.races(err) == []
     assert out == "right", err[-4000:]
 
@@ -42,6 +42,6 @@ def test_no_race_between_warps():
 def test_nothing_undefined():
     """Address sanitizer adds nothing: all memory of a simulated kernel is two mappings; poison and misuse reports guard those."""
     hostcc.build(1, cxx=sanitized.UBSAN)
-    out, err = sanitized.run("ubsan", 1, None, "0", "1", "2", "4")
+    out, err = sanitized.run("ubsan", 1, None, "t0", "t1", "1")
     assert "runtime error" not in err, err[:4000]
     assert out == "right", err[-4000:]
