@@ -14,7 +14,6 @@ struct Row {
   u32 slot;
   u32 page;       // KV page of this position
   u32 first_row;  // the first row of the same slot in this step; rows of a slot are neighbours, positions ascending
-  u32 samples;    // whether its logits are sampled
 };
 
 // What a part slot holds, for the warp that adds it.
@@ -113,7 +112,7 @@ DEV u32 first_layer() { return shape().only_phase ? shape().only_layer : 0; }
 DEV u32 end_layer() { return shape().only_phase ? shape().only_layer + 1 : shape().num_layers; }
 
 // The matrix phases in order: qkv, o_proj, gate_up, down_proj of every layer, then the LM head. Consumers and producer walk them in
-// loops with one copy of the code, since what does not fit the instruction cache is waited for at every phase.
+// loops with one copy of the code: the kernel should stay small enough for the instruction cache (docs/performance.md).
 DEV void next_matrix(Waiter& at) {
   if (at.phase == Phase::kDownProj) {
     at.layer++;

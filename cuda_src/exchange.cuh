@@ -60,23 +60,22 @@ DEV void receive_whole(Block& b, Exchange x, u32 epoch) {
   gather(
       b, epoch, num_rows(b) * per_row * loads,
       [&](int i) {
-    const int item = i / loads, source = i % loads / 2, n = smaller(quad_of(item), quads - 1) * 4 + i % 2 * 2;
-    return own_words(b, x.part_offset + (source * shape().max_rows + item / per_row) * hidden + n);
+        const int item = i / loads, source = i % loads / 2, n = smaller(quad_of(item), quads - 1) * 4 + i % 2 * 2;
+        return own_words(b, x.part_offset + (source * shape().max_rows + item / per_row) * hidden + n);
       },
-      [&](int i) {
-    return (u32)(i % loads / 2) / x.slices; },
+      [&](int i) { return (u32)(i % loads / 2) / x.slices; },
       [&](int i, u32 first, u32 second) {
-    const bool start = i % loads < 2;
-    float& s0 = i % 2 ? sum[2] : sum[0];
-    float& s1 = i % 2 ? sum[3] : sum[1];
-    s0 = (start ? 0.f : s0) + bits_float(first);
-    s1 = (start ? 0.f : s1) + bits_float(second);
-    if (i % loads < loads - 1) return;
-    const int item = i / loads, row = item / per_row, quad = quad_of(item);
-    if (item % per_row == 0) squares = 0.f;
-    if (quad < quads) {
-      float* r = residual(b) + row * hidden + 4 * quad;
-  UNROLL for (int j = 0; j < 4; j++) r[j] = sum[j] = r[j] + sum[j];
+        const bool start = i % loads < 2;
+        float& s0 = i % 2 ? sum[2] : sum[0];
+        float& s1 = i % 2 ? sum[3] : sum[1];
+        s0 = (start ? 0.f : s0) + bits_float(first);
+        s1 = (start ? 0.f : s1) + bits_float(second);
+        if (i % loads < loads - 1) return;
+        const int item = i / loads, row = item / per_row, quad = quad_of(item);
+        if (item % per_row == 0) squares = 0.f;
+        if (quad < quads) {
+          float* r = residual(b) + row * hidden + 4 * quad;
+          for (int j = 0; j < 4; j++) r[j] = sum[j] = r[j] + sum[j];
           const u64 v = (u64)pack_bf16(sum[2], sum[3]) << 32 | pack_bf16(sum[0], sum[1]);
           *(u64*)(activations(b) + activation_offset(row, 4 * quad)) = v;
           squares += quad_squares(v);
@@ -96,7 +95,8 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
   gather(
       b, epoch, divide_up(total, kConsumerThreads) * sources,
       [&](int i) {
-        return own_words(b, x.part_offset + (i % sources * shape().max_rows + at(i) / owned) * hidden + 2 * (begin + at(i) % owned));
+        return own_words(
+            b, x.part_offset + (i % sources * shape().max_rows + at(i) / owned) * hidden + 2 * (begin + at(i) % owned));
       },
       [&](int i) { return (u32)(i % sources) / x.slices; },
       [&](int i, u32 first, u32 second) {

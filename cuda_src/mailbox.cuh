@@ -227,6 +227,7 @@ DEV bool must_abort(MailboxWarp& m) {
   if (aborted(m.params)) return true;
   if (m.done >= last_step()) {
     m.shared->fault = {1, 0, 0, (u32)Wait::kEpochs, last_step(), m.done, 0, m.params->rank};
+    fence_sys();  // the note, before the consumers see the abort word and look for it
     raise_abort(m.params);
     return true;
   }

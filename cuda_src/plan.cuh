@@ -36,7 +36,6 @@ DEV bool begin_step(Block& b) {
     row.token = words[0] & kTokenFromRow ? s.tokens[(b.step & 1) ^ 1][words[0] & 0xff] : words[0];
     row.position = words[1];
     row.slot = words[2] & ~kRowSamples;
-    row.samples = words[2] / kRowSamples;
     row.page = words[3];
     int first = r;
     while (first > 0 && (words[2 - kPlanRowWords * (r - first + 1)] & ~kRowSamples) == row.slot) first--;

@@ -53,7 +53,6 @@ DEV float2 load_const(const float2* p) { return __ldg(p); }
 DEV u32 load_global(const u32* p) { return *(const volatile u32*)p; }
 DEV void store_global(u32* p, u32 v) { *p = v; }
 DEV void store_global(u16* p, u16 v) { *p = v; }
-DEV void store_global(float* p, float v) { *p = v; }
 
 DEV u32 load_relaxed_sys(const u32* p) {
   u32 v;

@@ -98,7 +98,6 @@ DEV void store_plain(T* p, T v) {
 }
 DEV void store_global(u32* p, u32 v) { store_plain(p, v); }
 DEV void store_global(u16* p, u16 v) { store_plain(p, v); }
-DEV void store_global(float* p, float v) { store_plain(p, v); }
 
 DEV u32 load_relaxed_sys(const u32* p) {
   sim::point();
