@@ -21,9 +21,11 @@ DEV void add_units(Block& b, int adder) {
     const UnitNote note = b.shared->notes[slot];
     mark_sent(b, adder, sent, note, false);
     if (note.unit == kUnitExit) return;
+    const bool begins = n < kAdderWarps || note.phase != b.waiter.phase || note.layer != b.waiter.layer || note.step != b.step;
     b.waiter.phase = note.phase;
     b.waiter.layer = note.layer;
     b.step = note.step;
+    if (begins && note.phase != Phase::kOProj && note.phase != Phase::kDownProj) put_row_scales(b, adder, note.phase, num_rows(b));
     switch (note.phase) {
       case Phase::kQkv: emit_qkv(b, note.unit, slot); break;
       case Phase::kOProj: emit_partial(b, o_exchange(), 0, note.unit, slot); break;

@@ -44,17 +44,19 @@ struct Shared {
   u32 num_rows, num_sampling, command;
   Row rows[kMaxRows];
   u32 tokens[2][kMaxRows];  // by step parity: what the step sampled
-  float norm_sums[kMaxRows][kConsumerWarps];
+  float norm_sums[2][kMaxRows][kConsumerWarps];  // sums of squares, see norm.cuh
+  float row_scales[kAdderWarps][kMaxRows];       // each adder's own
   u64 best[kMaxRows][kConsumerWarps];
   u64 candidates[kAdderWarps][kMaxRows * (kUnitRows / 2)];
   alignas(16) char mailbox[kSharedMailboxBytes];  // struct MailboxState of rank 0's block 0
 };
 static_assert(sizeof(Shared) <= kSharedHeaderBytes, "raise SHARED_HEADER_BYTES in abi.py");
 
-constexpr int kUnitEnd = -1;   // no more units of this phase for this block
-constexpr int kUnitNorm = -2;  // RMSNorm weights
-constexpr int kUnitPage = -3;  // a KV page
-constexpr int kUnitExit = -4;  // the adders leave
+constexpr int kLastUnit = 1 << 30;  // set in the number of the block's last unit of a phase
+constexpr int kUnitEnd = -1;        // a phase without a unit for this block; to the adders: the LM head is done
+constexpr int kUnitNorm = -2;       // RMSNorm weights
+constexpr int kUnitPage = -3;       // a KV page
+constexpr int kUnitExit = -4;       // the adders leave
 
 // A position in the ring, kept by everyone who walks it.
 struct RingCursor {

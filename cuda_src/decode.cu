@@ -15,23 +15,25 @@
 
 namespace imex {
 
-// What the matrix phase at b.waiter multiplies with: the residual, after the exchange that completes it, through RMSNorm; or another
-// phase's words. False when the block must leave.
+// What the matrix phase at b.waiter multiplies with: the residual, after the exchange that completes it, times the norm's weights; or
+// another phase's words. False when the block must leave.
 DEV bool prepare(Block& b, bool multiplies) {
   const Phase phase = b.waiter.phase;
   const u32 epoch = layer_epoch(b.step, b.waiter.layer);
-  if (phase == Phase::kOProj || phase == Phase::kDownProj) {
-    const int count = matrix_k(phase) / 2;  // words of this block's part, two values each
-    const bool down = phase == Phase::kDownProj;
-    const u32 words = down ? shape().off_gate + slice_of(b) * count : shape().off_attn;
-    return gather_activations(b, epoch, own_words(b, words), down ? shape().intermediate_size / 2 : count, count);
+  bool well = true;  // calls of their own: with constant sizes each is shorter than one for all with divisions
+  if (phase == Phase::kOProj) {
+    const int width = matrix_k(Phase::kOProj) / 2;
+    well = gather_activations(b, epoch, own_words(b, shape().off_attn), width, width);
+  } else if (phase == Phase::kDownProj) {
+    const int width = matrix_k(Phase::kDownProj) / 2;  // words of this block's part, two values each
+    well = gather_activations(b, epoch, own_words(b, shape().off_gate + slice_of(b) * width), shape().intermediate_size / 2, width);
+  } else if (phase == Phase::kGateUp) {
+    well = receive(b, o_exchange(), epoch, phase, true);
+  } else if (b.waiter.layer > 0) {  // layer 0 starts from what `embed` left
+    well = receive(b, down_exchange(), epoch - 1, phase, multiplies);
   }
-  const bool gate = phase == Phase::kGateUp;
-  if (gate || b.waiter.layer > 0)  // layer 0 starts from what `embed` left
-    if (!receive(b, gate ? o_exchange() : down_exchange(), gate ? epoch : epoch - 1)) return false;
-  mark(b, Mark::kInput, take_word_clocks(b));
-  if (multiplies) normalize(b);
-  return true;
+  if (well) mark(b, Mark::kInput, take_word_clocks(b));
+  return well;
 }
 
 // One step; false when the block must leave.
@@ -44,7 +46,6 @@ DEV bool decode_step(Block& b) {
       const bool multiplies = phase != Phase::kLmHead || b.shared->num_sampling;
       mark(b, Mark::kBegin);
       if (!prepare(b, multiplies)) return false;
-      if (phase == Phase::kOProj || phase == Phase::kDownProj) mark(b, Mark::kInput, take_word_clocks(b));
       mark(b, Mark::kReady, multiplies);
       if (multiplies) multiply_units(b, matrix_k(phase));
       mark(b, Mark::kEnd, take_tile_clocks(b));
@@ -60,7 +61,7 @@ DEV void consume(Block& b) {
   for (b.step = 0; begin_step(b); b.step++) {
     if (b.shared->command == (u32)Command::kShutdown) {
       b.waiter.layer = first_layer();
-      if (runs(Phase::kQkv)) skip_units(b);  // what the producer fetched ahead
+      if (runs(Phase::kQkv)) skip_units(b, shape().hidden_size);  // what the producer fetched ahead
       break;
     }
     if (!decode_step(b) || shape().only_phase) break;

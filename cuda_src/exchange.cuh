@@ -26,7 +26,7 @@
 namespace imex {
 
 struct Exchange {
-  u32 part_offset;  // [sources, max_rows, hidden] fp32 words
+  u32 part_offset;  // [sources, max_rows, part_width] fp32 words
   u32 sum_offset;   // [max_rows, hidden / 2] bf16 pair words
   u32 slices;       // parts of K that are summed like ranks
 };
@@ -41,18 +41,24 @@ DEV int num_owners() { return shape().num_blocks * (two_shot() ? shape().world_s
 DEV int owned_pairs() { return divide_up(shape().hidden_size / 2, num_owners()); }
 DEV int owner_index(const Block& b) { return b.index + (two_shot() ? b.params->rank * shape().num_blocks : 0); }
 
+// Where partial sums n and n + 1 of a row are: of 32 quads (four values each) first all halves 0, then all halves 1. A warp that adds 32
+// quads loads 512 bytes in a row twice, not every other 16 bytes of 1024, so half as many sectors.
+constexpr int kPartGroup = 128;  // PARTIAL_GROUP of planner.py
+DEV int part_width() { return divide_up(shape().hidden_size, kPartGroup) * kPartGroup; }
+DEV int part_index(int n) { return n / kPartGroup * kPartGroup + n / 2 % 2 * (kPartGroup / 2) + n % kPartGroup / 4 * 2; }
+
 // Sends the partial sums of outputs n and n + 1 of a row to whoever adds them.
 DEV void push_partial(const Block& b, Exchange x, int rows, u32 slice, int row, int n, float2 sum, u32 epoch) {
   const u32 source = b.params->rank * x.slices + slice;
-  const u32 at = x.part_offset + (source * shape().max_rows + row) * shape().hidden_size + n;
+  const u32 at = x.part_offset + (source * shape().max_rows + row) * part_width() + part_index(n);
   const bool to_one = two_shot() && !one_shot(rows);
   const u32 owner = to_one ? n / 2 / owned_pairs() / shape().num_blocks : 0;
   for (u32 r = to_one ? owner : 0; r < (to_one ? owner + 1 : shape().world_size); r++)
     store_words(words_of(b, r, at), float_bits(sum.x), float_bits(sum.y), epoch);
 }
 
-// A block's whole part in ONE_SHOT: adds every source's words to the replicated residual.
-DEV void receive_whole(Block& b, Exchange x, u32 epoch) {
+// A block's whole part in ONE_SHOT: adds every source's words to the replicated residual. Returns the last row's sum of squares.
+DEV float receive_whole(Block& b, Exchange x, u32 epoch, Phase phase, bool weighs) {
   const int hidden = shape().hidden_size, quads = hidden / 4, per_row = quads_per_thread();
   const int sources = shape().world_size * x.slices, loads = 2 * sources;  // of a quad: each source's, two pairs each
   auto quad_of = [&](int item) { return b.thread + item % per_row * kConsumerThreads; };  // may be beyond the row's last
@@ -61,7 +67,7 @@ DEV void receive_whole(Block& b, Exchange x, u32 epoch) {
       b, epoch, num_rows(b) * per_row * loads,
       [&](int i) {
         const int item = i / loads, source = i % loads / 2, n = smaller(quad_of(item), quads - 1) * 4 + i % 2 * 2;
-        return own_words(b, x.part_offset + (source * shape().max_rows + item / per_row) * hidden + n);
+        return own_words(b, x.part_offset + (source * shape().max_rows + item / per_row) * part_width() + part_index(n));
       },
       [&](int i) { return (u32)(i % loads / 2) / x.slices; },
       [&](int i, u32 first, u32 second) {
@@ -72,16 +78,20 @@ DEV void receive_whole(Block& b, Exchange x, u32 epoch) {
         s1 = (start ? 0.f : s1) + bits_float(second);
         if (i % loads < loads - 1) return;
         const int item = i / loads, row = item / per_row, quad = quad_of(item);
-        if (item % per_row == 0) squares = 0.f;
+        if (item % per_row == 0) {
+          if (row) put_row_sum(b, phase, row - 1, squares);
+          squares = 0.f;
+        }
         if (quad < quads) {
-          float* r = residual(b) + row * hidden + 4 * quad;
-          for (int j = 0; j < 4; j++) r[j] = sum[j] = r[j] + sum[j];
-          const u64 v = (u64)pack_bf16(sum[2], sum[3]) << 32 | pack_bf16(sum[0], sum[1]);
-          *(u64*)(activations(b) + activation_offset(row, 4 * quad)) = v;
+          float4* r = (float4*)(residual(b) + row * hidden) + quad;
+          const float4 old = *r, now = make_float4(old.x + sum[0], old.y + sum[1], old.z + sum[2], old.w + sum[3]);
+          *r = now;
+          const u64 v = (u64)pack_bf16(now.z, now.w) << 32 | pack_bf16(now.x, now.y);
+          put_quad(b, row, quad, v, weighs);
           squares += quad_squares(v);
         }
-        if (item % per_row == per_row - 1) put_row_sum(b, row, squares);
       });
+  return squares;
 }
 
 // A slice owner's part in the others: adds every source's words of its slice to its residual and publishes them, rounded.
@@ -96,7 +106,7 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
       b, epoch, divide_up(total, kConsumerThreads) * sources,
       [&](int i) {
         return own_words(
-            b, x.part_offset + (i % sources * shape().max_rows + at(i) / owned) * hidden + 2 * (begin + at(i) % owned));
+            b, x.part_offset + (i % sources * shape().max_rows + at(i) / owned) * part_width() + part_index(2 * (begin + at(i) % owned)));
       },
       [&](int i) { return (u32)(i % sources) / x.slices; },
       [&](int i, u32 first, u32 second) {
@@ -114,36 +124,43 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
       });
 }
 
-// Takes in the exchange of `epoch`: adds it to the residual and leaves the residual, rounded to bf16, as the activations of every
-// row, with their sums of squares. All consumers; false when the block must leave.
-DEV bool receive(Block& b, Exchange x, u32 epoch) {
+// Takes in the exchange of `epoch` for `phase`: adds it to the residual and leaves the residual, rounded to bf16, as the activations of
+// every row, with their sums of squares; times the norm's weights if the phase multiplies. All consumers; false when the block must leave.
+DEV bool receive(Block& b, Exchange x, u32 epoch, Phase phase, bool multiplies) {
   consumer_sync();  // the phase before has read the activations
-  if (one_shot(num_rows(b))) {
-    receive_whole(b, x, epoch);
-    return all_well(b);
+  const bool weighs = multiplies && open_norm(b);
+  const int rows = num_rows(b);
+  float squares = 0.f;  // of the last row; no other warp is kept waiting for their sum
+  if (one_shot(rows)) {
+    squares = receive_whole(b, x, epoch, phase, weighs);
+  } else {
+    receive_slice(b, x, epoch);
+    mark(b, Mark::kSum, take_word_clocks(b));
+    const int quads = shape().hidden_size / 4, per_row = quads_per_thread();
+    gather(
+        b, epoch, rows * per_row,
+        [&](int i) {
+          const int quad = smaller(b.thread + i % per_row * kConsumerThreads, quads - 1);
+          return own_words(b, x.sum_offset + i / per_row * (2 * quads) + 2 * quad);
+        },
+        [&](int) { return b.params->rank; },
+        [&](int i, u32 first, u32 second) {
+          const int row = i / per_row, quad = b.thread + i % per_row * kConsumerThreads;
+          const u64 v = (u64)second << 32 | first;
+          if (i % per_row == 0) {
+            if (row) put_row_sum(b, phase, row - 1, squares);
+            squares = 0.f;
+          }
+          if (quad < quads) {
+            put_quad(b, row, quad, v, weighs);
+            squares += quad_squares(v);
+          }
+        });
   }
-  receive_slice(b, x, epoch);
-  mark(b, Mark::kSum, take_word_clocks(b));
-  const int quads = shape().hidden_size / 4, per_row = quads_per_thread();
-  float squares = 0.f;
-  gather(
-      b, epoch, num_rows(b) * per_row,
-      [&](int i) {
-        const int quad = smaller(b.thread + i % per_row * kConsumerThreads, quads - 1);
-        return own_words(b, x.sum_offset + i / per_row * (2 * quads) + 2 * quad);
-      },
-      [&](int) { return b.params->rank; },
-      [&](int i, u32 first, u32 second) {
-        const int row = i / per_row, quad = b.thread + i % per_row * kConsumerThreads;
-        const u64 v = (u64)second << 32 | first;
-        if (i % per_row == 0) squares = 0.f;
-        if (quad < quads) {
-          *(u64*)(activations(b) + activation_offset(row, 4 * quad)) = v;
-          squares += quad_squares(v);
-        }
-        if (i % per_row == per_row - 1) put_row_sum(b, row, squares);
-      });
-  return all_well(b);
+  if (weighs) close_norm(b);
+  if (!all_well(b)) return false;
+  put_row_sum(b, phase, rows - 1, squares);
+  return true;
 }
 
 // Puts a value of the residual where `receive` will look for it: outputs n .. n + 3 of a row. `embed` starts every step with it.

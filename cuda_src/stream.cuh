@@ -59,7 +59,7 @@ DEV void drain_copies(Block& b, Producer& p) {
 // at one speed. The first unit is always the block's own, so that every block has a word in o_proj and down_proj (condition C,
 // exchange.cuh). A block has kClaims claims under way and stops at the first that fails, so each use of a counter takes a number of
 // claims that is known (`claims_per_use`), and the counter is never reset.
-constexpr int kClaims = 2;
+constexpr int kClaims = 3;
 struct Matrix {
   const char* weights;    // of this layer; of this block's slice of K
   int k, units;           // inputs, units of 8 outputs
@@ -76,29 +76,29 @@ DEV u32 claims_per_use(const Matrix& m) {
   const int claimed = m.units - dealt_rounds(m) * m.num_blocks;
   return claimed <= 0 ? 0 : claimed + kClaims * m.num_blocks;
 }
-DEV void push_unit(Block& b, Producer& p, const Matrix& m, int unit) {
+DEV void push_unit(Block& b, Producer& p, const Matrix& m, int unit, int mark) {
   const u32 bytes = kUnitRows * m.k * 2;
   ROLLED for (u32 at = 0; at < bytes; at += kStageBytes)
-    push_tile(b, p, unit, m.weights + (u64)unit * bytes + at, smaller(kStageBytes, bytes - at));
+    push_tile(b, p, unit | mark, m.weights + (u64)unit * bytes + at, smaller(kStageBytes, bytes - at));
 }
+// The block's last unit of a phase is known before it is pushed, and marked: an empty stage behind it would be one less for tiles.
 DEV void push_units(Block& b, Producer& p, const Matrix& m) {
   const u32 per_use = claims_per_use(m);
   const int rounds = dealt_rounds(m);
   u32 claim[kClaims] = {};
   for (int i = 0; i < kClaims && per_use; i++) claim[i] = atomic_add_gpu(m.counter, 1);
   int unit = m.index;
-  ROLLED for (int r = 0; unit < m.units && !b.waiter.failed; r++) {
-    push_unit(b, p, m, unit);
-    if (r + 1 < rounds) {
-      unit += m.num_blocks;
-      continue;
+  if (unit >= m.units) return push_mark(b, p, kUnitEnd);
+  ROLLED for (int r = 1; unit < m.units && !b.waiter.failed; r++) {
+    int next = r < rounds ? unit + m.num_blocks : m.units;
+    if (r >= rounds && per_use) {
+      next = rounds * m.num_blocks + (int)(claim[0] - m.uses * per_use);
+      UNROLL for (int i = 1; i < kClaims; i++) claim[i - 1] = claim[i];
+      if (next < m.units) claim[kClaims - 1] = atomic_add_gpu(m.counter, 1);
     }
-    if (!per_use) break;
-    unit = rounds * m.num_blocks + (int)(claim[0] - m.uses * per_use);
-    UNROLL for (int i = 1; i < kClaims; i++) claim[i - 1] = claim[i];
-    if (unit < m.units) claim[kClaims - 1] = atomic_add_gpu(m.counter, 1);
+    push_unit(b, p, m, unit, next < m.units ? 0 : kLastUnit);
+    unit = next;
   }
-  push_mark(b, p, kUnitEnd);
 }
 DEV void push_norm(Block& b, Producer& p, u32 index) {  // weights of RMSNorm number `index` of the model
   const u32 bytes = shape().hidden_size * 2;
@@ -115,20 +115,18 @@ DEV u32* claim_counter(const Block& b, u32 layer, u32 which) {
 }
 
 // ---------------------------------------------------------------------------------------------- consumers
-DEV void wait_full(Block& b) {
+// Waits, all lanes together, for the stage at the cursor; false when the block must leave.
+DEV bool wait_stage(Block& b) {
   u64* full = &b.shared->full[b.ring.stage];
-  if (shape().trace && mbar_test_now(full, b.ring.parity)) return;  // a wait is timed only if its first poll fails
-  const u32 began = shape().trace ? clock_low() : 0;
-  mbar_wait(b.waiter, Wait::kTile, false, full, b.ring.parity);
-  if (shape().trace) b.tile_clocks += clock_low() - began;
+  const bool late = shape().trace && !mbar_test_now(full, b.ring.parity);  // a wait is timed only if its first poll fails
+  const u32 began = late ? clock_low() : 0;
+  const bool here = mbar_wait_warp(b.waiter, Wait::kTile, full, b.ring.parity);
+  if (late) b.tile_clocks += clock_low() - began;
+  return here;
 }
-// Waits for the stage at the cursor; returns what it holds.
-DEV int wait_stage(Block& b) {
-  wait_full(b);
-  return b.shared->unit[b.ring.stage];
-}
+// The warp has read the stage, or has loads of it under way whose values it has used.
 DEV void release_stage(Block& b) {
-  warp_sync();  // every lane has read it
+  warp_sync();
   if (b.lane == 0) mbar_arrive(&b.shared->empty[b.ring.stage]);
   advance(b.ring);
 }
@@ -144,56 +142,67 @@ DEV float2 unit_sums(const Block& b, int slot, int row, int pair) {
   return sum;
 }
 
-// Hands a unit, or a mark, to the adders: `store` leaves this warp's partial sums in the slot.
+// Hands a unit, or a mark, to the adders: `store` leaves this warp's partial sums in the slot. All lanes; false when the block must leave.
 template <class Store>
-DEV void hand_over(Block& b, int unit, Store store) {
+DEV bool hand_over(Block& b, int unit, Store store) {
   const int slot = b.num_units % kPartSlots;
-  mbar_wait(b.waiter, Wait::kPartial, false, &b.shared->free[slot], (b.num_units / kPartSlots & 1) ^ 1);
-  if (b.waiter.failed) return;
+  if (!mbar_wait_warp(b.waiter, Wait::kPartial, &b.shared->free[slot], (b.num_units / kPartSlots & 1) ^ 1)) return false;
   store(slot);
   if (b.thread == 0) b.shared->notes[slot] = {unit, b.waiter.phase, b.waiter.layer, b.step};
   warp_sync();
   if (b.lane == 0) mbar_arrive(&b.shared->done[slot]);
   b.num_units++;
+  return true;
 }
 DEV void hand_over_mark(Block& b, int mark) {  // to each adder
   for (int i = 0; i < kAdderWarps; i++) hand_over(b, mark, [](int) {});
 }
 
-// Multiplies the activations (K wide) with every unit the producer sends until its mark, and hands the sums to the adders, which send
-// the results off while these warps go on: no barrier of the block, and nobody waits for anybody's addition.
+// Multiplies the activations (K wide) with every unit the producer sends, and hands the sums to the adders, which send the results off
+// while these warps go on: no barrier of the block, and nobody waits for anybody's addition. All warps work on the same tile, so what
+// one of them waits for, all do; hence each takes its share of the next tile into registers before it multiplies the last one's.
 DEV void multiply_units(Block& b, int k) {
   const int rows = num_rows(b), tiles = divide_up(k, kTileK), chunks = k / 32;
   Operand operand;
   operand_load(operand, activations(b), chunks, b.warp, rows);
-  while (!b.waiter.failed) {
+  Share next;
+  int unit = kUnitEnd;
+  auto take = [&](int tile) {  // the stage at the cursor, which holds tile number `tile` of a unit
+    if (!wait_stage(b)) return false;
+    share_load(next, ring_stage(b, b.ring.stage), chunks - tile * (kTileK / 32), b.warp);
+    unit = b.shared->unit[b.ring.stage];
+    return true;
+  };
+  if (!take(0)) return;
+  release_stage(b);
+  while (unit != kUnitEnd) {
+    const int now = unit & ~kLastUnit;
+    const bool last = unit & kLastUnit;
     Accum acc;
     accum_zero(acc);
-    int unit = kUnitEnd;
     for (int base = 0; base < tiles; base += Operand::kTiles) {
       UNROLL for (int held = 0; held < Operand::kTiles; held++) {
         const int t = base + held;
         if (t >= tiles) break;
-        wait_full(b);
-        if (warp_any(b.waiter.failed)) return;  // all lanes or none: what follows needs the whole warp
-        accum_multiply(acc, ring_stage(b, b.ring.stage), operand, t, held, chunks, b.warp, rows);  // of a mark too, in vain: it
-        unit = b.shared->unit[b.ring.stage];                                                     // saves every tile a round trip
-        release_stage(b);
-        if (unit == kUnitEnd) return;
+        const Share share = next;
+        const bool more = t + 1 < tiles || !last;
+        if (more && !take(t + 1 < tiles ? t + 1 : 0)) return;
+        accum_multiply(acc, share, operand, t, held, b.warp, rows);
+        if (more) release_stage(b);  // its loads have had the time of a multiplication to arrive
       }
     }
-    hand_over(b, unit, [&](int slot) { accum_store(acc, partial_sums(b, slot, b.warp), rows); });
+    if (!hand_over(b, now, [&](int slot) { accum_store(acc, partial_sums(b, slot, b.warp), rows); }) || last) return;
   }
 }
 
-// Walks over a phase's stages without multiplying: what the producer prefetched for a step that never came.
-DEV void skip_units(Block& b) {
-  int unit;
-  do {
-    unit = wait_stage(b);
-    if (b.waiter.failed) return;
+// Walks over the stages of a matrix K wide without multiplying: what the producer prefetched for a step that never came.
+DEV void skip_units(Block& b, int k) {
+  for (int tile = 1; wait_stage(b);) {
+    const int unit = b.shared->unit[b.ring.stage];
     release_stage(b);
-  } while (unit != kUnitEnd);
+    if (unit == kUnitNorm) continue;
+    if (unit == kUnitEnd || (tile++ % divide_up(k, kTileK) == 0 && unit & kLastUnit)) return;
+  }
 }
 
 }  // namespace imex

@@ -9,7 +9,7 @@ namespace imex {
 // A thread has up to kBatch pairs in flight. Every thread of a warp must ask for the same count.
 template <int kBatch = 8, class Address, class Source, class Use>
 DEV void gather(Block& b, u32 epoch, int count, Address address, Source source, Use use) {
-  for (int base = 0; base < count; base += kBatch) {
+  ROLLED for (int base = 0; base < count; base += kBatch) {
     u32 words[kBatch][2];
     const int left = count - base;
     wait_words<kBatch>(

@@ -16,6 +16,7 @@ MAX_USEFUL_STAGES = 12  # more buffered tiles did not help (docs/performance.md)
 MIN_STAGES = 4
 ONE_SHOT_WORDS = 8192  # words a block can read in one shot before a slice owner is faster (docs/performance.md)
 HELD_COLUMNS = 4096  # activations of a matrix this wide stay in registers (Operand in cuda_src/cuda/primitives.cuh)
+PARTIAL_GROUP = 128  # partial sums that lie together, halves of quads apart (part_index in cuda_src/exchange.cuh)
 H100_SMS = 132
 H100_SHARED_BYTES = 232_448
 
@@ -175,10 +176,10 @@ def _place_symmetric_memory(s) -> None:
         ("off_qkv", rows * (heads + 2 * kv_heads) * head_dim // 2),
         ("off_split", rows * heads * int(s["max_splits"]) * (head_dim + 2)),
         ("off_attn", rows * heads * head_dim // 2),
-        ("off_o_part", world * rows * hidden),
+        ("off_o_part", world * rows * partial_width(hidden)),
         ("off_o_sum", rows * hidden // 2),
         ("off_gate", rows * int(s["intermediate_size"]) // 2),
-        ("off_down_part", world * int(s["down_slices"]) * rows * hidden),
+        ("off_down_part", world * int(s["down_slices"]) * rows * partial_width(hidden)),
         ("off_down_sum", rows * hidden // 2),
         ("off_best", world * blocks * rows * 2),
         ("off_abort", 16),
@@ -186,6 +187,11 @@ def _place_symmetric_memory(s) -> None:
         s[field] = offset
         offset = round_up(offset + words, 16)
     s["symmetric_words"] = offset
+
+
+def partial_width(hidden: int) -> int:
+    """Words of a source's partial sums of one row: the hidden size, in whole groups."""
+    return round_up(hidden, PARTIAL_GROUP)
 
 
 def plan_words(rows: int) -> int:

@@ -221,6 +221,14 @@ DEV void mbar_wait(Waiter& w, Wait, bool, u64* bar, u32 parity) {
   for (u32 polls = 0; !mbar_test(bar, parity) && !w.failed;)
     if (++polls % kPollsPerCheck == 0) w.failed = aborted(w.params);
 }
+// The same for a whole warp, all lanes together: true when all have it, false when the block must leave.
+DEV bool mbar_wait_warp(Waiter& w, Wait, u64* bar, u32 parity) {
+  for (u32 polls = 0; !__all_sync(~0u, mbar_test(bar, parity));) {
+    if (++polls % kPollsPerCheck == 0) w.failed = __any_sync(~0u, w.failed || aborted(w.params));
+    if (w.failed) return false;  // only ever set for all lanes: by the line above, or before a vote of the block
+  }
+  return true;
+}
 // Waits for copies that are certain to end, whatever has failed: nothing may land in shared memory after the block has gone.
 DEV void mbar_drain(u64* bar, u32 parity) {
   while (!mbar_test(bar, parity)) {
@@ -244,6 +252,11 @@ DEV void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+DEV constexpr u32 widest(u32 a, u32 b, u32 c) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
+constexpr int kWidest = widest(shape().hidden_size, shape().num_heads * shape().head_dim, shape().intermediate_size / shape().down_slices);
+constexpr bool kWholeTiles =  // no unit's last tile is short
+    (shape().hidden_size | shape().num_heads * shape().head_dim | shape().intermediate_size / shape().down_slices) % kTileK == 0;
+
 // What one warp has summed of a unit: [rows of the step, 8 output rows] over its share of K.
 struct Accum {
   float c[4][4];  // four chains, so that a multiply need not wait for the one before
@@ -251,58 +264,63 @@ struct Accum {
 DEV void accum_zero(Accum& acc) {
   UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++) acc.c[i][j] = 0.f;
 }
-// Adds tile x activations for the 32-wide chunks first, first + step, … < chunks (at most TILE_K / 32; step is CONSUMER_WARPS).
-// tile: bf16 [chunks, 8, 32]; x: bf16 [chunks, max_rows, 32]; rows: how many of max_rows are live.
-DEV void accum_multiply(Accum& acc, const char* tile, const char* x, int first, int step, int chunks, int rows) {
-  constexpr int kRows = shape().max_rows;
-  // A lane beyond the live rows takes the last one's activations again: no branch, no bank conflict, and its sums are not stored.
-  const int lane = lane_index(), low_row = min(lane / 4, rows - 1), high_row = min(lane / 4 + 8, rows - 1);
-  const uint4* w = (const uint4*)tile + lane;  // lane (n, quarter) of a chunk: 8 consecutive k of output row n
-  const uint4* a = (const uint4*)x + lane % 4;
-  UNROLL for (int j = 0; j < kTileK / 32 / kConsumerWarps; j++) {  // a constant count, so that the chains stay in registers
-    const int c = first + j * step;
-    if (c >= chunks) continue;
-    const uint4 b = w[c * 32], zero = {0, 0, 0, 0};
-    // The k order inside a chunk is the same permutation for both operands, so any fixed one is right.
-    const uint4 low = a[(c * kRows + low_row) * 4], high = kRows <= 8 ? zero : a[(c * kRows + high_row) * 4];
-    mma_bf16(acc.c[2 * j % 4], low.x, high.x, low.y, high.y, b.x, b.y);
-    mma_bf16(acc.c[2 * j % 4 + 1], low.z, high.z, low.w, high.w, b.z, b.w);
+// A warp's share of a full tile: the chunks warp, warp + CONSUMER_WARPS, … of its 32.
+constexpr int kShareChunks = kTileK / 32 / kConsumerWarps;
+struct Share {
+  uint4 w[kShareChunks];  // lane (n, quarter) of a chunk: 8 consecutive k of output row n
+};
+// tile: bf16 [chunks, 8, 32], of which only 32 are here; what lies beyond the last chunk of a unit becomes zero.
+DEV void share_load(Share& share, const char* tile, int chunks, int warp) {
+  UNROLL for (int j = 0; j < kShareChunks; j++) {
+    const int c = warp + j * kConsumerWarps;
+    share.w[j] = {0, 0, 0, 0};
+    if (kWholeTiles || c < chunks) share.w[j] = ((const uint4*)tile)[c * 32 + lane_index()];
   }
 }
+
 // A warp's share of the activations a phase multiplies with. Every unit needs the same, so they stay in registers where those of the
 // widest phase fit: reading them again for each tile would double the traffic of shared memory.
-DEV constexpr u32 widest(u32 a, u32 b, u32 c) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 struct Operand {
-  static constexpr int kPerTile = kTileK / 32 / kConsumerWarps;
-  static constexpr int kWidest = widest(shape().hidden_size, shape().num_heads * shape().head_dim, shape().intermediate_size / shape().down_slices);
-  static constexpr bool kHeld = kWidest <= 4 * kTileK && shape().max_rows <= 8;
+  static constexpr int kRows = shape().max_rows;
+  static constexpr bool kHeld = kWidest <= 4 * kTileK && kRows <= 8;
   static constexpr int kTiles = kHeld ? (kWidest + kTileK - 1) / kTileK : 1;  // tiles whose activations are held at once
-  static constexpr bool kWhole = (shape().hidden_size | shape().num_heads * shape().head_dim | shape().intermediate_size / shape().down_slices) % kTileK == 0;
-  const char* memory;
-  uint4 x[kTiles * kPerTile];
+  const uint4 *low, *high;  // this lane's chunk `warp` of the first tile, of rows lane / 4 and lane / 4 + 8
+  int chunks;
+  uint4 x[kTiles * kShareChunks];
 };
-// x: bf16 [chunks, max_rows, 32].
+// x: bf16 [chunks, max_rows, 32]. A lane beyond the live rows takes the last one's activations again: no branch, no bank conflict, and
+// its sums are not stored.
 DEV void operand_load(Operand& operand, const char* x, int chunks, int warp, int rows) {
-  constexpr int kRows = shape().max_rows;
-  const int row = min(lane_index() / 4, rows - 1), quarter = lane_index() % 4;  // see accum_multiply
-  operand.memory = x;
-  UNROLL for (int i = 0; i < Operand::kTiles * Operand::kPerTile && Operand::kHeld; i++) {
-    const int c = i / Operand::kPerTile * (kTileK / 32) + i % Operand::kPerTile * kConsumerWarps + warp;
+  constexpr int kRows = Operand::kRows;
+  const int lane = lane_index(), low_row = min(lane / 4, rows - 1), high_row = min(lane / 4 + 8, rows - 1);
+  operand.low = (const uint4*)x + (warp * kRows + low_row) * 4 + lane % 4;
+  operand.high = (const uint4*)x + (warp * kRows + high_row) * 4 + lane % 4;
+  operand.chunks = chunks;
+  UNROLL for (int i = 0; i < Operand::kTiles * kShareChunks && Operand::kHeld; i++) {
+    const int c = i / kShareChunks * (kTileK / 32) + i % kShareChunks * kConsumerWarps;
     operand.x[i] = {0, 0, 0, 0};
-    if (c < chunks) operand.x[i] = ((const uint4*)x)[(c * kRows + row) * 4 + quarter];
+    if (c + warp < chunks) operand.x[i] = operand.low[c * kRows * 4];
   }
 }
-// Adds tile number `t` of a unit of `chunks` chunks; `held` is t where the operand holds all tiles (a constant after unrolling).
-DEV void accum_multiply(Accum& acc, const char* tile, const Operand& operand, int t, int held, int chunks, int warp, int rows) {
-  const int first = t * (kTileK / 32), count = chunks - first < kTileK / 32 ? chunks - first : kTileK / 32;
-  if (!Operand::kHeld) return accum_multiply(acc, tile, operand.memory + first * 64 * (int)shape().max_rows, warp, kConsumerWarps, count, rows);
-  const uint4* w = (const uint4*)tile + lane_index();
-  UNROLL for (int j = 0; j < Operand::kPerTile; j++) {
-    const int c = warp + j * kConsumerWarps;
-    if (!Operand::kWhole && c >= count) continue;  // a unit's last tile may be short
-    const uint4 b = w[c * 32], a = operand.x[held * Operand::kPerTile + j];
-    mma_bf16(acc.c[2 * j % 4], a.x, 0, a.y, 0, b.x, b.y);
-    mma_bf16(acc.c[2 * j % 4 + 1], a.z, 0, a.w, 0, b.z, b.w);
+// Adds a share of tile number `t` of a unit; `held` is t where the operand holds all tiles (a constant after unrolling).
+DEV void accum_multiply(Accum& acc, const Share& share, const Operand& operand, int t, int held, int warp, int) {
+  constexpr int kRows = Operand::kRows;
+  UNROLL for (int j = 0; j < kShareChunks; j++) {
+    const uint4 zero = {0, 0, 0, 0};
+    uint4 low = zero, high = zero;
+    if (Operand::kHeld) {
+      low = operand.x[held * kShareChunks + j];
+    } else {
+      const int c = t * (kTileK / 32) + j * kConsumerWarps;
+      if (kWholeTiles || c + warp < operand.chunks) {  // a unit's last tile may be short
+        low = operand.low[c * kRows * 4];
+        if (kRows > 8) high = operand.high[c * kRows * 4];
+      }
+    }
+    // The k order inside a chunk is the same permutation for both operands, so any fixed one is right.
+    const uint4 b = share.w[j];
+    mma_bf16(acc.c[2 * j % 4], low.x, high.x, low.y, high.y, b.x, b.y);
+    mma_bf16(acc.c[2 * j % 4 + 1], low.z, high.z, low.w, high.w, b.z, b.w);
   }
 }
 // part: float [max_rows, 8] in shared memory.

@@ -63,7 +63,7 @@ DEV void stream_pages(Block& b, Producer& p) {
   if (!runs(Phase::kAttention)) return;
   Item item;
   for (int i = first_item(b); find_item(b, i, item); i += shape().num_blocks)
-    for (int number = item.first_page; number < item.end_page && !b.waiter.failed; number++)
+    for (int number = item.end_page - 1; number >= item.first_page && !b.waiter.failed; number--)  // the newest first, see `attend`
       push_tile(b, p, kUnitPage, page_at(b, b.waiter.layer, find_page(b, item.row, number), item.kv_head), page_bytes());
 }
 
@@ -97,15 +97,16 @@ DEV void gather_item(Block& b, const Item& item, u32 epoch) {
       });
 }
 
-// One warp completes a chunk in the ring: k and v of this step's positions are not in the page yet, and values of positions beyond
-// `valid` are cleared, since a weight of zero does not erase what is not a number.
-DEV void complete_chunk(Block& b, const Item& item, char* chunk, int first_position, int valid) {
-  const int dim = shape().head_dim, step_first = b.shared->rows[item.row].position + 1 - item.in_step;
-  for (int i = b.lane; i < dim * (kChunk / 4); i += LANES) {  // four positions of a dim at a time
+// One warp clears a chunk's values of positions beyond `valid`: a weight of zero does not erase what is not a number.
+DEV void clear_tail(Block& b, char* chunk, int valid) {
+  ROLLED for (int i = b.lane; i < (int)shape().head_dim * (kChunk / 4); i += LANES) {  // four positions of a dim at a time
     const int keep = valid - i % (kChunk / 4) * 4;
     if (keep < 4) *(u64*)(chunk + value_offset(0, 0) + 8 * i) &= keep <= 0 ? 0 : ((u64)1 << (16 * keep)) - 1;
   }
-  warp_sync();
+}
+// One warp completes a chunk in the ring: k and v of this step's positions are not in the page yet.
+DEV void complete_chunk(Block& b, const Item& item, char* chunk, int first_position, int valid) {
+  const int dim = shape().head_dim, step_first = b.shared->rows[item.row].position + 1 - item.in_step;
   for (int p = step_first > first_position ? step_first - first_position : 0; p < valid; p++) {
     const char* fresh = item_fresh(b, item) + (first_position + p - step_first) * dim * 4;
     for (int d = 2 * b.lane; d < dim; d += 2 * LANES) {
@@ -124,17 +125,19 @@ DEV u32 split_words(const Item& item, int head, int split) {
 
 DEV bool attend(Block& b, const Item& item, u32 epoch) {
   const int dim = shape().head_dim, pairs = item.heads * dim / 2;
+  const int position = b.shared->rows[item.row].position, page_chunks = shape().page_size / kChunk, last_chunk = position / kChunk;
   consumer_sync();  // the activations have been read: the item takes their place
+  // The newest page comes first: it is here before q is, and what can be done to it is done while q is on its way.
+  bool here = wait_stage(b);
+  if (here && last_chunk / page_chunks == item.end_page - 1 && last_chunk % kConsumerWarps == b.warp)
+    clear_tail(b, ring_stage(b, b.ring.stage) + last_chunk % page_chunks * chunk_bytes(), position + 1 - last_chunk * kChunk);
   gather_item(b, item, epoch);
   if (!all_well(b)) return false;
   mark(b, Mark::kInput, take_word_clocks(b));
 
   Flash flash;
   flash_zero(flash);
-  const int position = b.shared->rows[item.row].position, page_chunks = shape().page_size / kChunk;
-  for (int page = item.first_page; page < item.end_page; page++) {
-    wait_stage(b);
-    if (warp_any(b.waiter.failed)) break;
+  ROLLED for (int page = item.end_page - 1; page >= item.first_page && here; page--) {
     ROLLED for (int c = 0; c < page_chunks; c++) {
       const int chunk = page * page_chunks + c, first = chunk * kChunk;
       if (chunk % kConsumerWarps != b.warp || first > position) continue;
@@ -146,6 +149,7 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
       if (completes) fence_async_shared();  // this warp's plain writes to the stage, before a later bulk copy into it
     }
     release_stage(b);
+    if (page > item.first_page) here = wait_stage(b);
   }
   flash_store(flash, item_merge(b, item, b.warp), item.heads);
   consumer_sync();
@@ -153,8 +157,8 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
     const int head = i / (dim / 2), d = i % (dim / 2) * 2;
     float top = kMinusInfinity, sum = 0.f;
     float2 v = {0.f, 0.f};
-    for (int w = 0; w < kConsumerWarps; w++) top = fmaxf(top, item_merge(b, item, w)[head * (dim + 2) + dim]);
-    for (int w = 0; w < kConsumerWarps; w++) {
+    UNROLL for (int w = 0; w < kConsumerWarps; w++) top = fmaxf(top, item_merge(b, item, w)[head * (dim + 2) + dim]);
+    UNROLL for (int w = 0; w < kConsumerWarps; w++) {
       const float* of = item_merge(b, item, w) + head * (dim + 2);
       const float weight = fast_exp(of[dim] - top);
       v.x += weight * of[d];

@@ -8,6 +8,7 @@ namespace imex {
 DEV bool embed(Block& b) {
   b.waiter.phase = Phase::kEmbed;
   const int hidden = shape().hidden_size, rows = num_rows(b);
+  const bool weighs = runs(Phase::kQkv) && first_layer() == 0 && open_norm(b);
   for (int row = 0; row < rows; row++) {
     const u32 token = b.shared->rows[row].token;
     // The table is in tile order like the LM head, which it is where embeddings are tied: 64-byte runs of 32 values.
@@ -19,12 +20,13 @@ DEV bool embed(Block& b) {
       const u64 v = runs(Phase::kEmbed) ? load_const((const u64*)(from + n / 32 * (kUnitRows * 64) + n % 32 * 2)) : 0;
       const float values[4] = {bf16_low((u32)v), bf16_high((u32)v), bf16_low((u32)(v >> 32)), bf16_high((u32)(v >> 32))};
       set_residual(b, row, n, values);
-      *(u64*)(activations(b) + activation_offset(row, n)) = v;
+      put_quad(b, row, n / 4, v, weighs);
       squares += quad_squares(v);
       for (int i = 0; i < 4; i++) tap(b, Phase::kEmbed, row, n + i, values[i]);
     }
-    put_row_sum(b, row, squares);
+    put_row_sum(b, Phase::kQkv, row, squares);
   }
+  if (weighs) close_norm(b);
   mark(b, Mark::kEnd, rows);
   return all_well(b);
 }

@@ -37,7 +37,9 @@ DEV void keep_best(Block& b, Candidates& c, int unit, int slot) {
   UNROLL for (int j = 0; j < kCells / LANES; j++) {
     const int i = b.lane + j * LANES, row = i / (kUnitRows / 2), pair = i % (kUnitRows / 2);
     if (row >= rows) continue;
-    const float2 v = unit_sums(b, slot, row, pair);
+    const float scale = row_scale(b, row);
+    float2 v = unit_sums(b, slot, row, pair);
+    v = make_float2(v.x * scale, v.y * scale);
     const u32 n = unit * kUnitRows + 2 * pair, id = b.params->rank * shape().vocab_rows + n;
     const u64 k0 = id < shape().vocab_size ? candidate_key(v.x, id) : 0;
     const u64 k1 = id + 1 < shape().vocab_size ? candidate_key(v.y, id + 1) : 0;

@@ -2,7 +2,7 @@
 // unit holds both halves of a pair and rotates it.
 #pragma once
 #include "../kv.cuh"
-#include "../stream.cuh"
+#include "../norm.cuh"
 #include "../tap.cuh"
 
 namespace imex {
@@ -24,7 +24,9 @@ DEV void emit_qkv(Block& b, int unit, int slot) {
   const u32 epoch = layer_epoch(b.step, b.waiter.layer);
   for (int i = b.lane; i < rows * (kUnitRows / 2); i += LANES) {
     const int row = i / (kUnitRows / 2), pair = i % (kUnitRows / 2), n = unit * kUnitRows + 2 * pair;
+    const float scale = row_scale(b, row);
     float2 v = unit_sums(b, slot, row, pair);
+    v = make_float2(v.x * scale, v.y * scale);
     if (n < rotated) {
       const float2 turn = rope_rows(b)[row * (dim / 2) + n % dim / 2];  // cos, sin
       v = make_float2(v.x * turn.x - v.y * turn.y, v.y * turn.x + v.x * turn.y);

@@ -281,6 +281,10 @@ DEV void mbar_wait(Waiter& w, Wait kind, bool idle, u64* bar, u32 parity) {
   while (!mbar_test(bar, parity) && !w.failed)
     if (park_once(w, sim::Park::kMbar, note)) break;
 }
+DEV bool mbar_wait_warp(Waiter& w, Wait kind, u64* bar, u32 parity) {
+  mbar_wait(w, kind, false, bar, parity);
+  return !warp_any(w.failed);
+}
 DEV void mbar_drain(u64* bar, u32 parity) {
   sim::WaitNote note{};
   note.kind = Wait::kTile, note.idle = true, note.expected = parity, note.seen = parity ^ 1;
@@ -301,14 +305,25 @@ DEV void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
 #endif
 
 namespace imex {
-// The activations a phase multiplies with; a GPU keeps a warp's share in registers.
+constexpr int kShareChunks = kTileK / 32 / kConsumerWarps;
+constexpr int kShareBytes = 512 / LANES;  // of a chunk, a fiber's part
+// A warp's share of a tile, and of the activations, as the GPU's primitives have them. Both are read when they are taken.
+struct Share {
+  char w[kShareChunks][kShareBytes];
+  int count;
+};
+DEV void share_load(Share& share, const char* tile, int chunks, int warp) {
+  share.count = 0;
+  for (int c = warp; c < chunks && c < kTileK / 32; c += kConsumerWarps)
+    memcpy(share.w[share.count++], tile + c * 512 + lane_index() * kShareBytes, kShareBytes);
+}
 struct Operand {
   static constexpr int kTiles = 1;
   const char* memory;
 };
 DEV void operand_load(Operand& operand, const char* x, int, int, int) { operand.memory = x; }
-DEV void accum_multiply(Accum& acc, const char* tile, const Operand& operand, int t, int, int chunks, int warp, int rows) {
-  const int first = t * (kTileK / 32), count = chunks - first < kTileK / 32 ? chunks - first : kTileK / 32;
-  accum_multiply(acc, tile, operand.memory + first * 64 * (int)shape().max_rows, warp, kConsumerWarps, count, rows);
+DEV void accum_multiply(Accum& acc, const Share& share, const Operand& operand, int t, int, int warp, int rows) {
+  const size_t chunk = 64 * shape().max_rows;
+  accum_chunks(acc, share.w[0], kShareBytes, operand.memory + (t * (kTileK / 32) + warp) * chunk, kConsumerWarps * chunk, share.count, rows);
 }
 }  // namespace imex

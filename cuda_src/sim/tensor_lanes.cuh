@@ -17,16 +17,13 @@ struct Accum {
 DEV void accum_zero(Accum& acc) {
   for (float& v : acc.c) v = 0.f;
 }
-// tile: bf16 [chunks, 8, 32]; x: bf16 [chunks, max_rows, 32]; rows: how many of max_rows are live.
-DEV void accum_multiply(Accum& acc, const char* tile, const char* x, int first, int step, int chunks, int rows) {
-  const int lane = lane_index(), quarter = lane % 4, max_rows = (int)shape().max_rows;
-  for (int k = first; k < chunks; k += step) {
-    const char* w = tile + (size_t)(k * 32 + lane) * 16;
-    for (int r = 0; r < rows; r++) {
-      const char* a = x + (size_t)((k * max_rows + r) * 4 + quarter) * 16;
-      for (int i = 0; i < 8; i++) acc.c[r] += bf16_at(w, i) * bf16_at(a, i);
-    }
-  }
+// `count` chunks: of each this lane's 16 bytes of weights at w + j * w_stride, and the rows' activations, bf16 [max_rows, 32], at x +
+// j * x_stride; rows: how many of max_rows are live.
+DEV void accum_chunks(Accum& acc, const char* w, size_t w_stride, const char* x, size_t x_stride, int count, int rows) {
+  const int quarter = lane_index() % 4;
+  for (int j = 0; j < count; j++, w += w_stride, x += x_stride)
+    for (int r = 0; r < rows; r++)
+      for (int i = 0; i < 8; i++) acc.c[r] += bf16_at(w, i) * bf16_at(x + (r * 4 + quarter) * 16, i);
 }
 // part: float [max_rows, 8] in shared memory. A GPU's lanes need no meeting here; the fibers' do, as their sums are elsewhere.
 DEV void accum_store(const Accum& acc, float* part, int rows) {

@@ -47,13 +47,11 @@ struct Accum {
 DEV void accum_zero(Accum& acc) { acc.fresh = true; }
 
 // One row: all eight outputs in registers, each weight used once.
-DEV void multiply_row(f32x16 (*c)[kUnitRows], bool fresh, const char* tile, const char* x, size_t x_stride, int first, int step,
-                      int chunks) {
+DEV void multiply_row(f32x16 (*c)[kUnitRows], bool fresh, const char* w, size_t w_stride, const char* x, size_t x_stride, int count) {
   f32x16 s[kUnitRows];
   for (int n = 0; n < kUnitRows; n++) s[n] = fresh ? f32x16{} : c[0][n];
-  for (int k = first; k < chunks; k += step) {
-    const Wide a = widen(x + k * x_stride);
-    const char* w = tile + k * 512;
+  for (int j = 0; j < count; j++, w += w_stride, x += x_stride) {
+    const Wide a = widen(x);
 #pragma GCC unroll 8
     for (int n = 0; n < kUnitRows; n++) {
       const Wide b = widen(w + n * 64);
@@ -66,21 +64,21 @@ DEV void multiply_row(f32x16 (*c)[kUnitRows], bool fresh, const char* tile, cons
 
 // R rows: activations widened once for a group of chunks, two outputs at a time, each widened weight used R times.
 template <int R>
-DEV_CALL void multiply_rows(f32x16 (*c)[kUnitRows], bool fresh, const char* tile, const char* x, size_t x_stride, int first,
-                            int step, int chunks) {
+DEV_CALL void multiply_rows(f32x16 (*c)[kUnitRows], bool fresh, const char* w, size_t w_stride, const char* x, size_t x_stride,
+                            int count) {
   constexpr int kGroup = 4;
   Wide a[kGroup][R];
   for (int i = 0; i < R * kUnitRows && fresh; i++) c[i / kUnitRows][i % kUnitRows] = f32x16{};
-  for (int from = first; from < chunks; from += kGroup * step) {
-    int count = 0;
-    for (int k = from; k < chunks && count < kGroup; k += step, count++)
-      for (int r = 0; r < R; r++) a[count][r] = widen(x + k * x_stride + r * 64);
+  for (int from = 0; from < count; from += kGroup) {
+    const int group = count - from < kGroup ? count - from : kGroup;
+    for (int j = 0; j < group; j++)
+      for (int r = 0; r < R; r++) a[j][r] = widen(x + (from + j) * x_stride + r * 64);
     for (int n = 0; n < kUnitRows; n += 2) {
       f32x16 s[R][2];
       for (int r = 0; r < R; r++) s[r][0] = c[r][n], s[r][1] = c[r][n + 1];
-      for (int i = 0; i < count; i++) {
-        const char* w = tile + (size_t)(from + i * step) * 512 + n * 64;
-        const Wide b0 = widen(w), b1 = widen(w + 64);
+      for (int i = 0; i < group; i++) {
+        const char* of = w + (from + i) * w_stride + n * 64;
+        const Wide b0 = widen(of), b1 = widen(of + 64);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
           s[r][0] = b0.even * a[i][r].even + s[r][0];
@@ -94,13 +92,13 @@ DEV_CALL void multiply_rows(f32x16 (*c)[kUnitRows], bool fresh, const char* tile
   }
 }
 
-// tile: bf16 [chunks, 8, 32]; x: bf16 [chunks, max_rows, 32]; rows: how many of max_rows are live.
-DEV void accum_multiply(Accum& acc, const char* tile, const char* x, int first, int step, int chunks, int rows) {
-  const size_t stride = shape().max_rows * 64;
+// `count` chunks: each bf16 [8, 32] of weights at w + j * w_stride, and the rows' activations, bf16 [max_rows, 32], at x +
+// j * x_stride; rows: how many of max_rows are live.
+DEV void accum_chunks(Accum& acc, const char* w, size_t w_stride, const char* x, size_t x_stride, int count, int rows) {
   int r = 0;
-  auto part = [&](auto multiply, int count) {
-    multiply(acc.c + r, acc.fresh, tile, x + r * 64, stride, first, step, chunks);
-    r += count;
+  auto part = [&](auto multiply, int n) {
+    multiply(acc.c + r, acc.fresh, w, w_stride, x + r * 64, x_stride, count);
+    r += n;
   };
   while (rows - r >= 8) part(multiply_rows<8>, 8);
   if (rows - r >= 4) part(multiply_rows<4>, 4);

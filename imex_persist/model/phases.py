@@ -4,7 +4,7 @@ Matrices are a rank's padded ones in the kernel's row order (shard.py), as float
 every activation is the row of the step. Padding columns are zero throughout, so the same functions serve the whole model
 and a rank's part.
 
-Rounding points (docs/architecture.md): the residual is float32 and never rounded; the norm's input, its output, q, k, v,
+Rounding points (docs/architecture.md): the residual is float32 and never rounded; the norm's input, its product with the norm's weights, q, k, v,
 the attention output and the FFN activation are rounded to bfloat16; partial sums and logits are not.
 `Precision(rounding=False, dtype=np.float64)` is the same math without any rounding.
 """
@@ -41,10 +41,13 @@ def embed(weight: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 def rms_norm(residual: np.ndarray, weight: np.ndarray, eps: float, norm_size: int, precision: Precision = KERNEL) -> np.ndarray:
-    """x / sqrt(mean(x^2) + eps) * weight with x = the rounded residual [rows, hidden]; the mean divides by `norm_size`."""
+    """x / sqrt(mean(x^2) + eps) * weight with x = the rounded residual [rows, hidden]; the mean divides by `norm_size`.
+
+    x * weight is what is rounded: the kernel divides by the root after the product that follows (cuda_src/norm.cuh).
+    """
     x = precision.round(residual)
     mean = (x * x).sum(axis=1, keepdims=True) / precision.dtype(norm_size)
-    return precision.round(x / np.sqrt(mean + precision.dtype(eps)) * weight)
+    return precision.round(x * weight) / np.sqrt(mean + precision.dtype(eps))
 
 
 def qkv(x: np.ndarray, weight: np.ndarray, rope: np.ndarray, num_rotary: int, precision: Precision = KERNEL) -> np.ndarray:

@@ -274,7 +274,7 @@ def check_ranks_agree(run: WholeRun) -> None:
     shared = {"off_plan": 2 * planner.plan_words(rows), "off_best": run.size("world_size", "num_blocks") * rows * 2}
     shared |= {"off_o_sum": rows * wide // 2, "off_down_sum": rows * wide // 2}
     if run.size("strategy") != Strategy.TWO_SHOT:  # else only a slice's owner has its partial sums
-        sources = run.world * rows * wide
+        sources = run.world * rows * planner.partial_width(wide)
         shared |= {"off_o_part": sources, "off_down_part": sources * run.size("down_slices")}
     taps = 4 * tap_offset(run.shape, Phase.EMBED), 4 * rows * wide
     for rank in range(1, run.world):

@@ -18,6 +18,13 @@ from .pages import Pages, garbage, normal_bits
 FLOAT64 = Precision(np.float64)
 
 
+def partial_places(hidden: int) -> np.ndarray:
+    """Where partial sum n of a row lies: in each group of 128 first the pairs with even numbers, then the odd ones (exchange.cuh)."""
+    n = np.arange(hidden)
+    group, pair = n // 128, n % 128 // 2
+    return group * 128 + pair % 2 * 64 + pair // 2 * 2 + n % 2
+
+
 def owner_ranks(shape: np.void) -> np.ndarray:
     """The rank that adds each column of the hidden vector in TWO_SHOT: equal runs of pairs, dealt to the blocks of all ranks."""
     hidden, blocks, world = (int(shape[k]) for k in ("hidden_size", "num_blocks", "world_size"))
@@ -104,12 +111,12 @@ class PhaseRun:
         partials = np.zeros((sources, max_rows, hidden), np.float32)
         real = self.rng.standard_normal((sources, self.rows, self.size("norm_size")), np.float32)
         partials[:, : self.rows, : self.size("norm_size")] = real * self.rng.choice([1e-3, 1, 1, 30], (self.rows, 1))
-        words = pack_words(partials, epoch)
-        words[:, self.rows :] = 0
+        words = np.zeros((sources, max_rows, planner.partial_width(hidden)), np.uint64)
+        words[:, : self.rows, partial_places(hidden)] = pack_words(partials, epoch)[:, : self.rows]
         for rank in self.ranks:
             mine = words.copy()
             if exchange_of(self.case) == abi.Strategy.TWO_SHOT:
-                mine[:, :, owner_ranks(self.shape) != rank] = 0
+                mine[:, :, partial_places(hidden)[owner_ranks(self.shape) != rank]] = 0
             self.device.upload(self.run.ranks[rank].symmetric, self.size(field) * 8, mine.view(np.uint8).reshape(-1))
         total = partials[0, : self.rows].copy()
         for source in range(1, sources):
@@ -121,7 +128,9 @@ class PhaseRun:
         sources, max_rows, hidden = self.run.world * slices, self.size("max_rows"), self.size("hidden_size")
         out = np.zeros((sources, self.rows, hidden), np.float32)
         for rank in self.ranks:
-            payload, epochs = (a.reshape(sources, max_rows, hidden) for a in self.raw(rank, field, sources * max_rows * hidden))
+            width = planner.partial_width(hidden)
+            raw = (a.reshape(sources, max_rows, width) for a in self.raw(rank, field, sources * max_rows * width))
+            payload, epochs = (a[:, :, partial_places(hidden)] for a in raw)
             here = np.zeros(epochs.shape, bool)
             here[:, : self.rows] = True
             if exchange_of(self.case) == abi.Strategy.TWO_SHOT:

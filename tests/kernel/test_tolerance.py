@@ -36,8 +36,7 @@ def test_the_math_is_the_reference_s(rng):
     np.testing.assert_allclose(gate.value, phases.gate_up(x, weight, EXACT), rtol=1e-12, atol=1e-12)
     norm = rng.uniform(0.8, 1.2, hidden)
     got = tolerance.normed(x.astype(np.float32), norm, 1e-5, 40)
-    np.testing.assert_array_equal(got.value, round_bf16(phases.rms_norm(x, norm, 1e-5, 40, EXACT)))
-    assert np.count_nonzero(got.slack) < 5, "few values lie so near the middle of two bf16"
+    np.testing.assert_allclose(got.value, phases.rms_norm(x, norm, 1e-5, 40, EXACT), rtol=tolerance.BF16)
 
 
 def test_a_wrong_element_is_found(rng):

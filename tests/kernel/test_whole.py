@@ -14,6 +14,7 @@ import pytest
 from imex_persist.abi import Finish, Phase, Record, Strategy
 from imex_persist.model.dummy import DummyWeights
 from imex_persist.model.weights import DictWeights, tensor_shapes
+from imex_persist.planner import partial_width
 
 from .cases import Case, uses
 from .whole import (
@@ -208,7 +209,7 @@ def test_ranks_agree(make_device, index):
     shared = {"off_plan": 2 * (2 + 4 * rows), "off_best": size["world_size"] * size["num_blocks"] * rows * 2}
     shared |= {"off_o_sum": rows * wide // 2, "off_down_sum": rows * wide // 2}  # left unused in ONE_SHOT
     if size["strategy"] != Strategy.TWO_SHOT:  # else only a slice's owner has its partial sums
-        sources = size["world_size"] * rows * wide
+        sources = size["world_size"] * rows * partial_width(wide)
         shared |= {"off_o_part": sources, "off_down_part": sources * size["down_slices"]}
     for field, count in shared.items():
         words = [run.words(rank, field, count) for rank in range(size["world_size"])]

@@ -8,14 +8,14 @@ it. So a bound is as tight for a small output as for a large one, and needs no t
 |----------|----------|--------|----------------------------------------------------|
 | SUM      | float32  | 2^-19  | sums of products of bf16, relative to sum of |a b| |
 | BF16     | bfloat16 | 2^-8   | a value that is stored as bf16, relative           |
-| NORM     | float32  | 2^-18  | x / rms(x) * weight before it is rounded, relative |
+| NORM     | float32  | 2^-18  | 1 / rms(x), relative                               |
 | EXP      | float32  | 2^-18  | e^x, relative, |x| up to 88                        |
 | WEIGHT   | bfloat16 | 3*2^-8 | softmax weights w, relative to root sum (w v)^2    |
 | LOGITS   | bfloat16 | 2^-4   | a whole model's logits, relative to the row's rms  |
 
 SUM: products are exact, and no sum has more than a few dozen float32 additions in a row; on a CPU each costs 2^-24, in a tensor
 core, which cuts where it aligns, up to 2^-22. BF16: half a unit in the last of 8 bits. NORM: a sum of squares, an approximate
-1 / sqrt (2^-22), two products; where this decides how bf16 rounds, either neighbour is right. EXP: the polynomial's, or ex2.approx's,
+1 / sqrt (2^-22), a product. EXP: the polynomial's, or ex2.approx's,
 few units of 2^-24, and the rounding of x * log2(e). WEIGHT: the tensor core takes softmax weights as bf16; their errors, 2^-8 each at
 most, are independent: 3 is certain up to 9 positions, 5 deviations beyond. LOGITS: not derived but seen, up to 0.03, as much as bf16
 itself costs (reference in bf16 against float64: up to 0.04): weights round, then activations round the other way, layer after layer;
@@ -30,7 +30,7 @@ import numpy as np
 
 from imex_persist.model import phases
 from imex_persist.model.bf16 import round_bf16
-from imex_persist.model.phases import EXACT
+from imex_persist.model.phases import Precision
 
 SUM = 2.0**-19
 BF16 = 2.0**-8
@@ -78,10 +78,9 @@ def check(what: str, got: np.ndarray, expected: Bounded, stored: str = "float32"
 
 # ------------------------------------------------------------------------------------------------ the phases' math, bounded
 def normed(residual: np.ndarray, weight: np.ndarray, eps: float, size: int) -> Bounded:
-    """RMSNorm of a float32 residual, its input and output rounded to bf16."""
-    y = phases.rms_norm(round_bf16(residual).astype(np.float64), weight.astype(np.float64), eps, size, EXACT)
-    low, high = round_bf16(y * (1 - NORM)), round_bf16(y * (1 + NORM))
-    return Bounded(round_bf16(y), np.abs(high - low))
+    """RMSNorm of a float32 residual; that and its product with the weights, which float32 holds exactly, are rounded to bf16."""
+    y = phases.rms_norm(residual, weight.astype(np.float64), eps, size, Precision(np.float64))
+    return Bounded(y, NORM * np.abs(y))
 
 
 def product(x: Bounded, weight: np.ndarray) -> Bounded:

@@ -64,7 +64,7 @@ def test_tokens(folder):
         if (device, world) == (DEVICE, WORLD):
             assert len(numbers) == WORLD and len({identity["uuid"] for identity in llm.group.identities}) == WORLD
             topology = next(line for line in lines if line.startswith("topology: "))
-            assert re.fullmatch(r"topology: (simulated|2 GPUs \(.*\), peer access verified)", topology)
+            assert re.fullmatch(r"topology: (simulated|.*, peer access verified)", topology)
     assert tokens[DEVICE, WORLD] == tokens[one_machine(), WORLD]
     for of_prompts in tokens.values():
         for prompt, answer in zip(PROMPTS, of_prompts, strict=True):

@@ -1,5 +1,5 @@
 // Times the simulator's own hot paths, in CPU time (others may share the cores): RankParams.tap, float [2], receives the seconds of block 0.
-// Shape.only_phase chooses: 1 accum_multiply from a large tile array, 2 copy and multiply, 3 consumer_sync, 4 warp_sum, 5 words.
+// Shape.only_phase chooses: 1 products with a large tile array, 2 copy and multiply, 3 consumer_sync, 4 warp_sum, 5 words.
 #include <time.h>
 
 #include "litmus.cuh"
@@ -15,11 +15,16 @@ DEV void multiply(Me& me, const char* tiles) {  // [num_layers, 32, 8, 32] bf16
   const int rows = (int)shape().max_rows;
   char* x = shared_memory() + shape().smem_x;
   memset(x, 0, 64 * 32 * rows);
+  Share share;
+  Operand operand;
   Accum acc;
   accum_zero(acc);
   for (u32 t = 0; t < shape().num_layers; t++)
-    for (int w = 0; w < kConsumerWarps; w++)
-      accum_multiply(acc, tiles + (size_t)t * kStageBytes, x, w, kConsumerWarps, 32, rows);
+    for (int w = 0; w < kConsumerWarps; w++) {
+      operand_load(operand, x, 32, w, rows);
+      share_load(share, tiles + (size_t)t * kStageBytes, 32, w);
+      accum_multiply(acc, share, operand, 0, 0, w, rows);
+    }
   accum_store(acc, (float*)(shared_memory() + shape().smem_part), rows);
 }
 
@@ -40,11 +45,15 @@ DEV void stream(Me& me, const char* tiles) {  // the ring with one stage in flig
   char* x = shared_memory() + shape().smem_x;
   if (warp == 0 && lane == 0) memset(x, 0, 64 * 32 * rows);
   consumer_sync();
+  Share share;
+  Operand operand;
+  operand_load(operand, x, 32, warp, rows);
   Accum acc;
   accum_zero(acc);
   for (u32 t = 0; t < count; t++) {
     mbar_wait(me.waiter, Wait::kTile, false, &full[t % 4], t / 4 & 1);
-    accum_multiply(acc, ring + t % 4 * kStageBytes, x, warp, kConsumerWarps, 32, rows);
+    share_load(share, ring + t % 4 * kStageBytes, 32, warp);
+    accum_multiply(acc, share, operand, 0, 0, warp, rows);
     warp_sync();
     if (lane == 0) mbar_arrive(&empty[t % 4]);
   }

@@ -19,7 +19,15 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams p) {
     Accum acc;
     accum_zero(acc);
     const int chunks = s.hidden_size / 32;
-    for (int w = 0; w < 3; w++) accum_multiply(acc, (const char*)me.params->qkv, x, w, 3, chunks, s.max_rows);
+    Share share;
+    Operand operand;
+    for (int w = 0; w < kConsumerWarps; w++) {
+      operand_load(operand, x, chunks, w, s.max_rows);
+      for (int t = 0; t < (chunks + 31) / 32; t++) {
+        share_load(share, (const char*)me.params->qkv + (size_t)t * kStageBytes, chunks - t * 32, w);
+        accum_multiply(acc, share, operand, t, t, w, s.max_rows);
+      }
+    }
     accum_store(acc, part, s.max_rows);
     results = s.max_rows * 8;
   } else if (s.only_phase == 1) {
