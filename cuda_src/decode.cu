@@ -148,12 +148,16 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams launch) {
   }
   block_sync();
   if (b.warp < kConsumerWarps) {
+    take_registers();
     consume(b);
-  } else if (b.warp < kConsumerWarps + kAdderWarps) {
-    add_units(b, b.warp - kConsumerWarps);
-  } else if (b.warp == kConsumerWarps + kAdderWarps) {
-    if (b.lane == 0) produce(b);
-  } else if (b.params->rank == 0 && b.index == 0 && b.params->mailbox) {
-    run_mailbox(b);
+  } else {
+    give_registers();
+    if (b.warp < kConsumerWarps + kAdderWarps) {
+      add_units(b, b.warp - kConsumerWarps);
+    } else if (b.warp == kConsumerWarps + kAdderWarps) {
+      if (b.lane == 0) produce(b);
+    } else if (b.params->rank == 0 && b.index == 0 && b.params->mailbox) {
+      run_mailbox(b);
+    }
   }
 }

@@ -211,6 +211,8 @@ DEV void mailbox_pause(u32) { sim::pause_idle(); }
 
 // ---------------------------------------------------------------------------------------------- inside a block
 DEV void block_sync() { sim::block_barrier(0, kThreads, false); }
+DEV void take_registers() {}
+DEV void give_registers() {}
 DEV void consumer_sync() { sim::block_barrier(1, kConsumerWarps * LANES, false); }
 DEV bool consumer_any(bool mine) { return sim::block_barrier(2, kConsumerWarps * LANES, mine); }
 DEV void warp_sync() {
