@@ -162,35 +162,33 @@ DEV void hand_over_mark(Block& b, int mark) {  // to each adder
 // while these warps go on: no barrier of the block, and nobody waits for anybody's addition. All warps work on the same tile, so what
 // one of them waits for, all do; hence each takes its share of the next tile into registers before it multiplies the last one's.
 DEV void multiply_units(Block& b, int k) {
-  const int rows = num_rows(b), tiles = divide_up(k, kTileK), chunks = k / 32;
-  Operand operand;
-  operand_load(operand, activations(b), chunks, b.warp, rows);
-  Share next;
+  const int rows = num_rows(b), tiles = divide_up(k, kTileK);
+  Share share[2];  // in turn; the indices are constants
   int unit = kUnitEnd;
-  auto take = [&](int tile) {  // the stage at the cursor, which holds tile number `tile` of a unit
+  auto take = [&](Share& to, int tile) {  // the stage at the cursor, which holds tile number `tile` of a unit
     if (!wait_stage(b)) return false;
-    share_load(next, ring_stage(b, b.ring.stage), chunks - tile * (kTileK / 32), b.warp);
-    unit = b.shared->unit[b.ring.stage];
+    share_load(to, ring_stage(b, b.ring.stage), activations(b) + activation_offset(0, tile * kTileK), k / 32 - tile * (kTileK / 32), b.warp, rows);
+    if (tile == 0) unit = b.shared->unit[b.ring.stage];
     return true;
   };
-  if (!take(0)) return;
+  if (!take(share[0], 0)) return;
   release_stage(b);
   while (unit != kUnitEnd) {
     const int now = unit & ~kLastUnit;
     const bool last = unit & kLastUnit;
     Accum acc;
     accum_zero(acc);
-    for (int base = 0; base < tiles; base += Operand::kTiles) {
-      UNROLL for (int held = 0; held < Operand::kTiles; held++) {
-        const int t = base + held;
-        if (t >= tiles) break;
-        const Share share = next;
-        const bool more = t + 1 < tiles || !last;
-        if (more && !take(t + 1 < tiles ? t + 1 : 0)) return;
-        accum_multiply(acc, share, operand, t, held, b.warp, rows);
+    ROLLED for (int base = 0; base < tiles; base += 2) {
+      UNROLL for (int odd = 0; odd < 2; odd++) {
+        const int tile = base + odd;
+        if (tile >= tiles) break;
+        const bool more = tile + 1 < tiles || !last;
+        if (more && !take(share[odd ^ 1], tile + 1 < tiles ? tile + 1 : 0)) return;
+        accum_multiply(acc, share[odd], rows);
         if (more) release_stage(b);  // its loads have had the time of a multiplication to arrive
       }
     }
+    if (tiles % 2) share[0] = share[1];
     if (!hand_over(b, now, [&](int slot) { accum_store(acc, partial_sums(b, slot, b.warp), rows); }) || last) return;
   }
 }

@@ -15,7 +15,6 @@ from imex_persist import abi
 MAX_USEFUL_STAGES = 12  # more buffered tiles did not help (docs/performance.md)
 MIN_STAGES = 4
 ONE_SHOT_WORDS = 8192  # words a block can read in one shot before a slice owner is faster (docs/performance.md)
-HELD_COLUMNS = 4096  # activations of a matrix this wide stay in registers (Operand in cuda_src/cuda/primitives.cuh)
 PARTIAL_GROUP = 128  # partial sums that lie together, halves of quads apart (part_index in cuda_src/exchange.cuh)
 H100_SMS = 132
 H100_SHARED_BYTES = 232_448
@@ -104,9 +103,9 @@ def make_shape(
             continue
         candidate = s.copy()
         _place_shared_memory(candidate, config, slices, one_shot_rows, strategy, machine)
-        if best is None or candidate["ring_stages"] > best["ring_stages"] or _finer_slices_help(best):
+        if best is None or candidate["ring_stages"] > best["ring_stages"]:
             best = candidate
-        if candidate["ring_stages"] >= min(8, machine.max_stages) and not _finer_slices_help(candidate):
+        if candidate["ring_stages"] >= min(8, machine.max_stages):
             break
     if best is None or best["ring_stages"] < MIN_STAGES:
         fits = [r for r in range(max_rows - 1, 0, -1) if _rows_fit(config, world_size, r, machine)]
@@ -117,13 +116,6 @@ def make_shape(
         )
     _place_symmetric_memory(best)
     return best
-
-
-def _finer_slices_help(s) -> bool:
-    """Whether twice the slices would let the kernel hold down_proj's activations in registers, at no second hop of the exchange."""
-    slices = int(s["down_slices"])
-    width, words = int(s["intermediate_size"]) // slices, int(s["hidden_size"]) * int(s["world_size"]) * slices
-    return HELD_COLUMNS < width <= 2 * HELD_COLUMNS and 2 * words <= ONE_SHOT_WORDS and s["max_rows"] <= 8
 
 
 def _rows_fit(config, world_size: int, rows: int, machine: Machine) -> bool:

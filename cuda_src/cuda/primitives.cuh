@@ -161,10 +161,10 @@ DEV void mailbox_pause(u32 idle_polls) {  // between two looks at the descriptor
 
 // ---------------------------------------------------------------------------------------------- inside a block
 DEV void block_sync() { __syncthreads(); }
-// The register file is dealt anew, by groups of four warps: 256 threads of 208 and 128 of 88 are what 384 of 168 had. Consumers hold
+// The register file is dealt anew, by groups of four warps: 256 threads of 200 and 128 of 104 are what 384 of 168 had. Consumers hold
 // activations and tiles in registers; nobody else needs many. All warps of a group call it once, before anything else.
-DEV void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 208;"); }
-DEV void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 88;"); }
+DEV void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 200;"); }
+DEV void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 104;"); }
 DEV void consumer_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumerWarps * LANES) : "memory"); }
 DEV bool consumer_any(bool mine) {  // a barrier, and whether any consumer said yes
   u32 any;
@@ -256,84 +256,87 @@ DEV void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-DEV constexpr u32 widest(u32 a, u32 b, u32 c) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
-constexpr int kWidest = widest(shape().hidden_size, shape().num_heads * shape().head_dim, shape().intermediate_size / shape().down_slices);
-constexpr bool kWholeTiles =  // no unit's last tile is short
+// Weights are the m = 16 operand, eight rows of them: rows 0-7 of the fragment are one half of a chunk's k, rows 8-15 the other half. So a
+// lane's 16 bytes of a chunk are its whole fragment. The step's rows are the n = 8 operand. Up to four rows take half of the columns each
+// for the two halves of k, and one instruction multiplies a chunk; more rows take an instruction for each half, and half of what it
+// computes is not used.
+constexpr int kStepRows = shape().max_rows;
+constexpr bool kFewRows = kStepRows <= 4;
+constexpr int kShareChunks = kTileK / 32 / kConsumerWarps;  // of a full tile, a warp's: the chunks warp, warp + CONSUMER_WARPS, …
+constexpr bool kWholeTiles =                                // no unit's last tile is short
     (shape().hidden_size | shape().num_heads * shape().head_dim | shape().intermediate_size / shape().down_slices) % kTileK == 0;
 
-// What one warp has summed of a unit: [rows of the step, 8 output rows] over its share of K.
+// What one warp multiplies of a tile, in registers: its weights, and the activations they meet.
+struct Share {
+  uint4 w[kShareChunks];  // lane (n, quarter) of a chunk: k pairs 0-3 of output row n, at k = 8 * quarter
+  // Few rows: lane (column, quarter) has of row column % 4 the pairs 0 and 2 (columns 0-3) or 1 and 3. Else all four of row `column`, and
+  // of row column + 8.
+  u32 x[kShareChunks][kFewRows ? 2 : kStepRows <= 8 ? 4 : 8];
+};
+// tile: bf16 [chunks, 8, 32], of which at most TILE_K / 32 are here; x: bf16 [chunks, max_rows, 32]; rows: how many of max_rows are live. A
+// lane beyond them takes the last one's activations again: no branch, no bank conflict, and its sums are not stored.
+DEV void share_load(Share& share, const char* tile, const char* x, int chunks, int warp, int rows) {
+  const int lane = lane_index(), column = lane / 4, quarter = lane % 4;
+  const int low = min(kFewRows ? column % 4 : column, rows - 1), high = min(column + 8, rows - 1);
+  UNROLL for (int j = 0; j < kShareChunks; j++) {
+    const int c = warp + j * kConsumerWarps;
+    const bool here = kWholeTiles || c < chunks;  // a unit's last tile may be short
+    const uint4 zero = {0, 0, 0, 0};
+    share.w[j] = here ? ((const uint4*)tile)[c * 32 + lane] : zero;
+    const char* from = x + (c * kStepRows + low) * 64 + quarter * 16;
+    if (kFewRows) {
+      from += column / 4 * 4;
+      share.x[j][0] = here ? *(const u32*)from : 0;
+      share.x[j][1] = here ? *(const u32*)(from + 8) : 0;
+    } else {
+      *(uint4*)share.x[j] = here ? *(const uint4*)from : zero;
+      if (kStepRows > 8) *(uint4*)(share.x[j] + 4) = here ? *(const uint4*)(x + (c * kStepRows + high) * 64 + quarter * 16) : zero;
+    }
+  }
+}
+
+// What one warp has summed of a unit: [8 output rows, rows of the step] over its share of K.
 struct Accum {
-  float c[4][4];  // four chains, so that a multiply need not wait for the one before
+  float c[4][4];  // four chains, so that a product need not wait for the one before
 };
 DEV void accum_zero(Accum& acc) {
   UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++) acc.c[i][j] = 0.f;
 }
-// A warp's share of a full tile: the chunks warp, warp + CONSUMER_WARPS, … of its 32.
-constexpr int kShareChunks = kTileK / 32 / kConsumerWarps;
-struct Share {
-  uint4 w[kShareChunks];  // lane (n, quarter) of a chunk: 8 consecutive k of output row n
-};
-// tile: bf16 [chunks, 8, 32], of which only 32 are here; what lies beyond the last chunk of a unit becomes zero.
-DEV void share_load(Share& share, const char* tile, int chunks, int warp) {
+DEV void accum_multiply(Accum& acc, const Share& share, int) {
   UNROLL for (int j = 0; j < kShareChunks; j++) {
-    const int c = warp + j * kConsumerWarps;
-    share.w[j] = {0, 0, 0, 0};
-    if (kWholeTiles || c < chunks) share.w[j] = ((const uint4*)tile)[c * 32 + lane_index()];
-  }
-}
-
-// A warp's share of the activations a phase multiplies with. Every unit needs the same, so they stay in registers where those of the
-// widest phase fit: reading them again for each tile would double the traffic of shared memory.
-struct Operand {
-  static constexpr int kRows = shape().max_rows;
-  static constexpr bool kHeld = kWidest <= 4 * kTileK && kRows <= 8;
-  static constexpr int kTiles = kHeld ? (kWidest + kTileK - 1) / kTileK : 1;  // tiles whose activations are held at once
-  const uint4 *low, *high;  // this lane's chunk `warp` of the first tile, of rows lane / 4 and lane / 4 + 8
-  int chunks;
-  uint4 x[kTiles * kShareChunks];
-};
-// x: bf16 [chunks, max_rows, 32]. A lane beyond the live rows takes the last one's activations again: no branch, no bank conflict, and
-// its sums are not stored.
-DEV void operand_load(Operand& operand, const char* x, int chunks, int warp, int rows) {
-  constexpr int kRows = Operand::kRows;
-  const int lane = lane_index(), low_row = min(lane / 4, rows - 1), high_row = min(lane / 4 + 8, rows - 1);
-  operand.low = (const uint4*)x + (warp * kRows + low_row) * 4 + lane % 4;
-  operand.high = (const uint4*)x + (warp * kRows + high_row) * 4 + lane % 4;
-  operand.chunks = chunks;
-  UNROLL for (int i = 0; i < Operand::kTiles * kShareChunks && Operand::kHeld; i++) {
-    const int c = i / kShareChunks * (kTileK / 32) + i % kShareChunks * kConsumerWarps;
-    operand.x[i] = {0, 0, 0, 0};
-    if (c + warp < chunks) operand.x[i] = operand.low[c * kRows * 4];
-  }
-}
-// Adds a share of tile number `t` of a unit; `held` is t where the operand holds all tiles (a constant after unrolling).
-DEV void accum_multiply(Accum& acc, const Share& share, const Operand& operand, int t, int held, int warp, int) {
-  constexpr int kRows = Operand::kRows;
-  UNROLL for (int j = 0; j < kShareChunks; j++) {
-    const uint4 zero = {0, 0, 0, 0};
-    uint4 low = zero, high = zero;
-    if (Operand::kHeld) {
-      low = operand.x[held * kShareChunks + j];
+    const uint4 w = share.w[j];
+    const u32* x = share.x[j];
+    if (kFewRows) {
+      mma_bf16(acc.c[j % 4], w.x, w.y, w.z, w.w, x[0], x[1]);
+    } else if (kStepRows <= 8) {
+      mma_bf16(acc.c[j % 2 * 2], w.x, w.y, w.z, w.w, x[0], x[2]);
+      mma_bf16(acc.c[j % 2 * 2 + 1], w.x, w.y, w.z, w.w, x[1], x[3]);
     } else {
-      const int c = t * (kTileK / 32) + j * kConsumerWarps;
-      if (kWholeTiles || c + warp < operand.chunks) {  // a unit's last tile may be short
-        low = operand.low[c * kRows * 4];
-        if (kRows > 8) high = operand.high[c * kRows * 4];
+      UNROLL for (int i = 0; i < 2; i++) {
+        mma_bf16(acc.c[2 * i], w.x, w.y, w.z, w.w, x[4 * i], x[4 * i + 2]);
+        mma_bf16(acc.c[2 * i + 1], w.x, w.y, w.z, w.w, x[4 * i + 1], x[4 * i + 3]);
       }
     }
-    // The k order inside a chunk is the same permutation for both operands, so any fixed one is right.
-    const uint4 b = share.w[j];
-    mma_bf16(acc.c[2 * j % 4], low.x, high.x, low.y, high.y, b.x, b.y);
-    mma_bf16(acc.c[2 * j % 4 + 1], low.z, high.z, low.w, high.w, b.z, b.w);
   }
 }
 // part: float [max_rows, 8] in shared memory.
 DEV void accum_store(const Accum& acc, float* part, int rows) {
-  const int row = lane_index() / 4, column = 2 * (lane_index() % 4);
-  float s[4];
-  UNROLL for (int j = 0; j < 4; j++) s[j] = (acc.c[0][j] + acc.c[1][j]) + (acc.c[2][j] + acc.c[3][j]);
-  if (row < rows) *(float2*)(part + row * 8 + column) = make_float2(s[0], s[1]);
-  if (row + 8 < rows) *(float2*)(part + (row + 8) * 8 + column) = make_float2(s[2], s[3]);
+  const int output = lane_index() / 4, row = 2 * (lane_index() % 4);
+  auto put = [&](int at, float first, float second) {
+    if (at < rows) part[at * 8 + output] = first;
+    if (at + 1 < rows) part[(at + 1) * 8 + output] = second;
+  };
+  if (kFewRows) {
+    float s[4];
+    UNROLL for (int j = 0; j < 4; j++) s[j] = (acc.c[0][j] + acc.c[1][j]) + (acc.c[2][j] + acc.c[3][j]);
+    s[2] = __shfl_down_sync(~0u, s[2], 2);  // the other half of k is two columns on
+    s[3] = __shfl_down_sync(~0u, s[3], 2);
+    if (row < 4) put(row, s[0] + s[2], s[1] + s[3]);
+  } else if (kStepRows <= 8) {
+    put(row, (acc.c[0][0] + acc.c[2][0]) + (acc.c[1][2] + acc.c[3][2]), (acc.c[0][1] + acc.c[2][1]) + (acc.c[1][3] + acc.c[3][3]));
+  } else {
+    UNROLL for (int i = 0; i < 2; i++) put(row + 8 * i, acc.c[2 * i][0] + acc.c[2 * i + 1][2], acc.c[2 * i][1] + acc.c[2 * i + 1][3]);
+  }
 }
 
 // One warp's running softmax over the chunks it has seen, for up to 16 query heads of one KV head: maximum, sum, weighted values.

@@ -309,23 +309,19 @@ DEV void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
 namespace imex {
 constexpr int kShareChunks = kTileK / 32 / kConsumerWarps;
 constexpr int kShareBytes = 512 / LANES;  // of a chunk, a fiber's part
-// A warp's share of a tile, and of the activations, as the GPU's primitives have them. Both are read when they are taken.
+// What one warp multiplies of a tile. The weights are read when they are taken, as on a GPU; the activations stay where they are.
 struct Share {
   char w[kShareChunks][kShareBytes];
+  const char* x;
   int count;
 };
-DEV void share_load(Share& share, const char* tile, int chunks, int warp) {
+DEV void share_load(Share& share, const char* tile, const char* x, int chunks, int warp, int) {
   share.count = 0;
+  share.x = x + warp * 64 * shape().max_rows;
   for (int c = warp; c < chunks && c < kTileK / 32; c += kConsumerWarps)
     memcpy(share.w[share.count++], tile + c * 512 + lane_index() * kShareBytes, kShareBytes);
 }
-struct Operand {
-  static constexpr int kTiles = 1;
-  const char* memory;
-};
-DEV void operand_load(Operand& operand, const char* x, int, int, int) { operand.memory = x; }
-DEV void accum_multiply(Accum& acc, const Share& share, const Operand& operand, int t, int, int warp, int rows) {
-  const size_t chunk = 64 * shape().max_rows;
-  accum_chunks(acc, share.w[0], kShareBytes, operand.memory + (t * (kTileK / 32) + warp) * chunk, kConsumerWarps * chunk, share.count, rows);
+DEV void accum_multiply(Accum& acc, const Share& share, int rows) {
+  accum_chunks(acc, share.w[0], kShareBytes, share.x, kConsumerWarps * 64 * shape().max_rows, share.count, rows);
 }
 }  // namespace imex

@@ -68,11 +68,9 @@ KERNEL accumulate(const char* tile, const char* x, float* part, int chunks, int 
   if (warp_index() < kConsumerWarps) {
     Accum acc;
     accum_zero(acc);
-    Operand operand;
-    operand_load(operand, activation, chunks, warp_index(), rows);
     Share share;
-    share_load(share, memory, chunks, warp_index());
-    accum_multiply(acc, share, operand, 0, 0, warp_index(), rows);
+    share_load(share, memory, activation, chunks, warp_index(), rows);
+    accum_multiply(acc, share, rows);
     accum_store(acc, sums + warp_index() * shape().max_rows * kUnitRows, rows);
   }
   block_sync();

@@ -16,14 +16,12 @@ DEV void multiply(Me& me, const char* tiles) {  // [num_layers, 32, 8, 32] bf16
   char* x = shared_memory() + shape().smem_x;
   memset(x, 0, 64 * 32 * rows);
   Share share;
-  Operand operand;
   Accum acc;
   accum_zero(acc);
   for (u32 t = 0; t < shape().num_layers; t++)
     for (int w = 0; w < kConsumerWarps; w++) {
-      operand_load(operand, x, 32, w, rows);
-      share_load(share, tiles + (size_t)t * kStageBytes, 32, w);
-      accum_multiply(acc, share, operand, 0, 0, w, rows);
+      share_load(share, tiles + (size_t)t * kStageBytes, x, 32, w, rows);
+      accum_multiply(acc, share, rows);
     }
   accum_store(acc, (float*)(shared_memory() + shape().smem_part), rows);
 }
@@ -46,14 +44,12 @@ DEV void stream(Me& me, const char* tiles) {  // the ring with one stage in flig
   if (warp == 0 && lane == 0) memset(x, 0, 64 * 32 * rows);
   consumer_sync();
   Share share;
-  Operand operand;
-  operand_load(operand, x, 32, warp, rows);
   Accum acc;
   accum_zero(acc);
   for (u32 t = 0; t < count; t++) {
     mbar_wait(me.waiter, Wait::kTile, false, &full[t % 4], t / 4 & 1);
-    share_load(share, ring + t % 4 * kStageBytes, 32, warp);
-    accum_multiply(acc, share, operand, 0, 0, warp, rows);
+    share_load(share, ring + t % 4 * kStageBytes, x, 32, warp, rows);
+    accum_multiply(acc, share, rows);
     warp_sync();
     if (lane == 0) mbar_arrive(&empty[t % 4]);
   }

@@ -34,13 +34,12 @@ DEV void consume(Me& me, Shared* s) {
     consumer_sync();
     const u32 stage = t % kRing, slot = t % 2;
     Share share;
-    Operand operand;
     Accum acc;
     accum_zero(acc);
     mbar_wait(me.waiter, Wait::kTile, false, &s->full[stage], t / kRing & 1);
-    operand_load(operand, shared_memory() + shape().smem_x, chunks, warp_index(), rows);
-    share_load(share, shared_memory() + shape().smem_ring + stage * kStageBytes, chunks, warp_index());
-    accum_multiply(acc, share, operand, 0, 0, warp_index(), rows);
+    share_load(share, shared_memory() + shape().smem_ring + stage * kStageBytes, shared_memory() + shape().smem_x, chunks, warp_index(),
+               rows);
+    accum_multiply(acc, share, rows);
 #ifndef BUG_NO_WARP_SYNC
     warp_sync();
 #endif
