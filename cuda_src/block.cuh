@@ -4,6 +4,10 @@
 
 namespace imex {
 
+DEV u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
+DEV u32 larger(u32 a, u32 b) { return a > b ? a : b; }
+DEV u32 divide_up(u32 a, u32 b) { return (a + b - 1) / b; }
+
 constexpr int kConsumerThreads = kConsumerWarps * LANES;
 constexpr int kMaxPlanWords = kPlanHeaderWords + kPlanRowWords * kMaxRows;
 
@@ -63,8 +67,10 @@ struct RingCursor {
   int stage = 0;
   u32 parity = 0;
 };
-DEV void advance(RingCursor& at) {
-  if (++at.stage == (int)shape().ring_stages) at.stage = 0, at.parity ^= 1;
+DEV RingCursor ahead(RingCursor at, int count) {  // by less than a lap
+  at.stage += count;
+  if (at.stage >= (int)shape().ring_stages) at.stage -= shape().ring_stages, at.parity ^= 1;
+  return at;
 }
 
 struct Block {
@@ -130,10 +136,6 @@ DEV int matrix_k(Phase phase) {
   if (phase == Phase::kDownProj) return shape().intermediate_size / shape().down_slices;
   return shape().hidden_size;
 }
-
-DEV u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
-DEV u32 larger(u32 a, u32 b) { return a > b ? a : b; }
-DEV u32 divide_up(u32 a, u32 b) { return (a + b - 1) / b; }
 
 // A vote of the consumers, which is also a barrier: true while none of them has given up. All leave together or none does.
 DEV bool all_well(const Block& b) { return !consumer_any(b.waiter.failed); }

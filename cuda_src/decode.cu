@@ -155,7 +155,7 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams launch) {
     if (b.warp < kConsumerWarps + kAdderWarps) {
       add_units(b, b.warp - kConsumerWarps);
     } else if (b.warp == kConsumerWarps + kAdderWarps) {
-      if (b.lane == 0) produce(b);
+      produce(b);
     } else if (b.params->rank == 0 && b.index == 0 && b.params->mailbox) {
       run_mailbox(b);
     }

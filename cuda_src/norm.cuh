@@ -21,7 +21,7 @@ DEV int norm_stages() { return divide_up(shape().hidden_size / 4, kStageQuads); 
 DEV bool open_norm(Block& b) {
   const RingCursor begin = b.ring;
   bool here = true;
-  ROLLED for (int i = 0; i < norm_stages() && here; i++, advance(b.ring)) here = wait_stage(b);
+  ROLLED for (int i = 0; i < norm_stages() && here; i++, b.ring = ahead(b.ring, 1)) here = wait_stage(b);
   b.ring = begin;
   return here;
 }

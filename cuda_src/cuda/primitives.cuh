@@ -161,10 +161,10 @@ DEV void mailbox_pause(u32 idle_polls) {  // between two looks at the descriptor
 
 // ---------------------------------------------------------------------------------------------- inside a block
 DEV void block_sync() { __syncthreads(); }
-// The register file is dealt anew, by groups of four warps: 256 threads of 200 and 128 of 104 are what 384 of 168 had. Consumers hold
+// The register file is dealt anew, by groups of four warps: 256 threads of 216 and 128 of 72 are what 384 of 168 had. Consumers hold
 // activations and tiles in registers; nobody else needs many. All warps of a group call it once, before anything else.
-DEV void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 200;"); }
-DEV void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 104;"); }
+DEV void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 216;"); }
+DEV void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 72;"); }
 DEV void consumer_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumerWarps * LANES) : "memory"); }
 DEV bool consumer_any(bool mine) {  // a barrier, and whether any consumer said yes
   u32 any;
@@ -225,9 +225,9 @@ DEV void mbar_wait(Waiter& w, Wait, bool, u64* bar, u32 parity) {
   for (u32 polls = 0; !mbar_test(bar, parity) && !w.failed;)
     if (++polls % kPollsPerCheck == 0) w.failed = aborted(w.params);
 }
-// The same for a whole warp, all lanes together: true when all have it, false when the block must leave.
-DEV bool mbar_wait_warp(Waiter& w, Wait, u64* bar, u32 parity) {
-  for (u32 polls = 0; !__all_sync(~0u, mbar_test(bar, parity));) {
+// The same for a whole warp and two barriers, which may be one: true when all lanes have seen both, false when the block must leave.
+DEV bool mbar_wait_warp(Waiter& w, Wait, u64* bar, u32 parity, u64* bar2, u32 parity2) {
+  for (u32 polls = 0; !__all_sync(~0u, mbar_test(bar, parity) & (bar == bar2 || mbar_test(bar2, parity2)));) {
     if (++polls % kPollsPerCheck == 0) w.failed = __any_sync(~0u, w.failed || aborted(w.params));
     if (w.failed) return false;  // only ever set for all lanes: by the line above, or before a vote of the block
   }

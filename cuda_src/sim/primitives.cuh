@@ -283,8 +283,9 @@ DEV void mbar_wait(Waiter& w, Wait kind, bool idle, u64* bar, u32 parity) {
   while (!mbar_test(bar, parity) && !w.failed)
     if (park_once(w, sim::Park::kMbar, note)) break;
 }
-DEV bool mbar_wait_warp(Waiter& w, Wait kind, u64* bar, u32 parity) {
+DEV bool mbar_wait_warp(Waiter& w, Wait kind, u64* bar, u32 parity, u64* bar2, u32 parity2) {
   mbar_wait(w, kind, false, bar, parity);
+  if (bar2 != bar) mbar_wait(w, kind, false, bar2, parity2);
   return !warp_any(w.failed);
 }
 DEV void mbar_drain(u64* bar, u32 parity) {
