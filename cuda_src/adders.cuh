@@ -16,8 +16,8 @@ DEV void add_units(Block& b, int adder) {
   Sent sent = {};
   for (u32 n = adder;; n += kAdderWarps) {
     const int slot = n % kPartSlots;
-    mbar_wait(b.waiter, Wait::kPartial, true, &b.shared->done[slot], n / kPartSlots & 1);
-    if (warp_any(b.waiter.failed)) return;
+    const Pending done = {&b.shared->done[slot], n / kPartSlots & 1};
+    if (!mbar_wait_warp(b.waiter, Wait::kPartial, done)) return;
     const UnitNote note = b.shared->notes[slot];
     mark_sent(b, adder, sent, note, false);
     if (note.unit == kUnitExit) return;

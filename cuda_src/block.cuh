@@ -4,10 +4,6 @@
 
 namespace imex {
 
-DEV u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
-DEV u32 larger(u32 a, u32 b) { return a > b ? a : b; }
-DEV u32 divide_up(u32 a, u32 b) { return (a + b - 1) / b; }
-
 constexpr int kConsumerThreads = kConsumerWarps * LANES;
 constexpr int kMaxPlanWords = kPlanHeaderWords + kPlanRowWords * kMaxRows;
 
@@ -70,6 +66,11 @@ struct RingCursor {
 DEV RingCursor ahead(RingCursor at, int count) {  // by less than a lap
   at.stage += count;
   if (at.stage >= (int)shape().ring_stages) at.stage -= shape().ring_stages, at.parity ^= 1;
+  return at;
+}
+DEV RingCursor behind(RingCursor at, int count) {
+  at.stage -= count;
+  if (at.stage < 0) at.stage += shape().ring_stages, at.parity ^= 1;
   return at;
 }
 
@@ -136,6 +137,10 @@ DEV int matrix_k(Phase phase) {
   if (phase == Phase::kDownProj) return shape().intermediate_size / shape().down_slices;
   return shape().hidden_size;
 }
+
+DEV u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
+DEV u32 larger(u32 a, u32 b) { return a > b ? a : b; }
+DEV u32 divide_up(u32 a, u32 b) { return (a + b - 1) / b; }
 
 // A vote of the consumers, which is also a barrier: true while none of them has given up. All leave together or none does.
 DEV bool all_well(const Block& b) { return !consumer_any(b.waiter.failed); }

@@ -36,6 +36,15 @@ DEV bool prepare(Block& b, bool multiplies) {
   return well;
 }
 
+DEV void multiply(Block& b, Phase phase) {
+  if (phase == Phase::kDownProj && kDownK != kHiddenK)
+    multiply_units<kDownK>(b);
+  else if (phase == Phase::kOProj && kHeadsK != kHiddenK)
+    multiply_units<kHeadsK>(b);
+  else
+    multiply_units<kHiddenK>(b);
+}
+
 // One step; false when the block must leave.
 DEV bool decode_step(Block& b) {
   if (!embed(b)) return false;
@@ -47,7 +56,7 @@ DEV bool decode_step(Block& b) {
       mark(b, Mark::kBegin);
       if (!prepare(b, multiplies)) return false;
       mark(b, Mark::kReady, multiplies);
-      if (multiplies) multiply_units(b, matrix_k(phase));
+      if (multiplies) multiply(b, phase);
       mark(b, Mark::kEnd, take_tile_clocks(b));
     }
     if (phase == Phase::kQkv && !attention(b)) return false;
@@ -95,8 +104,7 @@ DEV void produce(Block& b) {
       if (phase == Phase::kLmHead) break;
       if (phase != Phase::kQkv) continue;
       if (b.waiter.layer == first_layer()) {
-        mbar_wait(b.waiter, Wait::kStep, true, &b.shared->step_begin, b.step & 1);
-        if (b.waiter.failed) break;
+        if (!mbar_wait(b.waiter, Wait::kStep, true, Pending{&b.shared->step_begin, b.step & 1})) break;
         p.leaving = b.shared->command == (u32)Command::kShutdown;
         p.num_sampling = b.shared->num_sampling;
         if (p.leaving) break;
@@ -155,7 +163,7 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams launch) {
     if (b.warp < kConsumerWarps + kAdderWarps) {
       add_units(b, b.warp - kConsumerWarps);
     } else if (b.warp == kConsumerWarps + kAdderWarps) {
-      produce(b);
+      if (b.lane == 0) produce(b);
     } else if (b.params->rank == 0 && b.index == 0 && b.params->mailbox) {
       run_mailbox(b);
     }

@@ -258,7 +258,7 @@ DEV void run_mailbox(Block& b) {
   u32 idle_polls = 0;
   ROLLED for (u32 polls = 1;; polls++, idle_polls++) {
     u32 rows = 0, news = 0;
-    if (m.lane == 0 && m.done < m.published && mbar_test_now(&b.shared->step_end[m.done & 1], m.done >> 1 & 1)) {
+    if (m.lane == 0 && m.done < m.published && mbar_test_now({&b.shared->step_end[m.done & 1], m.done >> 1 & 1})) {
       finish_step(m);
       news = 1;
     }

@@ -84,7 +84,7 @@ def make_shape(
     s["vocab_rows"] = round_up(-(-config.vocab_size // world_size), abi.UNIT_ROWS)
     s["vocab_size"] = config.vocab_size
     s["rms_eps"], s["attn_scale"] = config.rms_norm_eps, config.head_dim**-0.5
-    s["world_size"], s["num_blocks"], s["window"] = world_size, num_blocks, 4
+    s["world_size"], s["num_blocks"], s["window"] = world_size, num_blocks, 3
     s["max_rows"], s["num_slots"] = max_rows, num_slots
     s["page_size"], s["pages_per_slot"] = page, pages_per_slot
     s["num_pages"] = num_pages if num_pages is not None else pages_per_slot * num_slots

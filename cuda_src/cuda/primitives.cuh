@@ -161,10 +161,10 @@ DEV void mailbox_pause(u32 idle_polls) {  // between two looks at the descriptor
 
 // ---------------------------------------------------------------------------------------------- inside a block
 DEV void block_sync() { __syncthreads(); }
-// The register file is dealt anew, by groups of four warps: 256 threads of 216 and 128 of 72 are what 384 of 168 had. Consumers hold
+// The register file is dealt anew, by groups of four warps: 256 threads of 200 and 128 of 104 are what 384 of 168 had. Consumers hold
 // activations and tiles in registers; nobody else needs many. All warps of a group call it once, before anything else.
-DEV void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 216;"); }
-DEV void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 72;"); }
+DEV void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 200;"); }
+DEV void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 104;"); }
 DEV void consumer_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumerWarps * LANES) : "memory"); }
 DEV bool consumer_any(bool mine) {  // a barrier, and whether any consumer said yes
   u32 any;
@@ -201,41 +201,76 @@ DEV void mbar_arrive(u64* bar) { asm volatile("mbarrier.arrive.release.cta.share
 DEV void mbar_arrive_expect(u64* bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
 }
-DEV bool mbar_test(u64* bar, u32 parity) {  // has the phase of this parity completed?
+struct Pending {  // a phase of an mbarrier that somebody waits for
+  u64* bar;
+  u32 parity;
+};
+DEV bool mbar_test(Pending p) {  // has it completed?
   u32 done;
   asm volatile(
       "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
       : "=r"(done)
-      : "r"(shared_address(bar)), "r"(parity)
+      : "r"(shared_address(p.bar)), "r"(p.parity)
       : "memory");
   return done;
 }
-DEV bool mbar_test_now(u64* bar, u32 parity) {  // the same without the hardware's own short wait
+DEV bool mbar_test_now(Pending p) {  // the same without the hardware's own short wait
   u32 done;
   asm volatile(
       "{ .reg .pred p; mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
       : "=r"(done)
-      : "r"(shared_address(bar)), "r"(parity)
+      : "r"(shared_address(p.bar)), "r"(p.parity)
       : "memory");
   return done;
 }
-DEV void mbar_wait(Waiter& w, Wait, bool, u64* bar, u32 parity) {
-  // No deadline of its own: what a block's warps and copies wait for from each other comes, unless another block's word does not,
-  // and for that somebody's deadline passes. So a look at the abort word bounds this wait as well.
-  for (u32 polls = 0; !mbar_test(bar, parity) && !w.failed;)
-    if (++polls % kPollsPerCheck == 0) w.failed = aborted(w.params);
+// Have all completed? In one piece of PTX, so that the tests are on their way together; the same phase may be given twice.
+DEV bool mbar_test(Pending one, Pending two) {
+  u32 done;
+  asm volatile(
+      "{ .reg .pred p, q; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; "
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 q, [%3], %4; and.pred p, p, q; selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(shared_address(one.bar)), "r"(one.parity), "r"(shared_address(two.bar)), "r"(two.parity)
+      : "memory");
+  return done;
 }
-// The same for a whole warp and two barriers, which may be one: true when all lanes have seen both, false when the block must leave.
-DEV bool mbar_wait_warp(Waiter& w, Wait, u64* bar, u32 parity, u64* bar2, u32 parity2) {
-  for (u32 polls = 0; !__all_sync(~0u, mbar_test(bar, parity) & (bar == bar2 || mbar_test(bar2, parity2)));) {
-    if (++polls % kPollsPerCheck == 0) w.failed = __any_sync(~0u, w.failed || aborted(w.params));
+DEV bool mbar_test(Pending one, Pending two, Pending three) {
+  u32 done;
+  asm volatile(
+      "{ .reg .pred p, q, r; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; "
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 q, [%3], %4; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 r, [%5], %6; "
+      "and.pred p, p, q; and.pred p, p, r; selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(shared_address(one.bar)), "r"(one.parity), "r"(shared_address(two.bar)), "r"(two.parity), "r"(shared_address(three.bar)),
+        "r"(three.parity)
+      : "memory");
+  return done;
+}
+// Waits for all; false when the block must leave. The first test stands before the loop: a loop's head costs as much as a test.
+// No deadline of its own: what a block's warps and copies wait for from each other comes, unless another block's word does not, and for
+// that somebody's deadline passes. So a look at the abort word bounds this wait as well.
+template <class... Phases>
+DEV bool mbar_wait(Waiter& w, Wait, bool, Phases... phases) {
+  if (mbar_test(phases...)) return true;
+  for (u32 polls = 1; !mbar_test(phases...); polls++) {
+    if (polls % kPollsPerCheck == 0) w.failed |= aborted(w.params);
+    if (w.failed) return false;
+  }
+  return true;
+}
+// The same for a whole warp, all lanes together: true when all have seen all, false when the block must leave.
+template <class... Phases>
+DEV bool mbar_wait_warp(Waiter& w, Wait, Phases... phases) {
+  if (__all_sync(~0u, mbar_test(phases...))) return true;
+  for (u32 polls = 1; !__all_sync(~0u, mbar_test(phases...)); polls++) {
+    if (polls % kPollsPerCheck == 0) w.failed = __any_sync(~0u, w.failed || aborted(w.params));
     if (w.failed) return false;  // only ever set for all lanes: by the line above, or before a vote of the block
   }
   return true;
 }
 // Waits for copies that are certain to end, whatever has failed: nothing may land in shared memory after the block has gone.
-DEV void mbar_drain(u64* bar, u32 parity) {
-  while (!mbar_test(bar, parity)) {
+DEV void mbar_drain(Pending p) {
+  while (!mbar_test(p)) {
   }
 }
 // Asynchronous copy into shared memory; its bytes complete on `bar`. Both addresses and the size are multiples of 16.
@@ -266,32 +301,55 @@ constexpr int kShareChunks = kTileK / 32 / kConsumerWarps;  // of a full tile, a
 constexpr bool kWholeTiles =                                // no unit's last tile is short
     (shape().hidden_size | shape().num_heads * shape().head_dim | shape().intermediate_size / shape().down_slices) % kTileK == 0;
 
-// What one warp multiplies of a tile, in registers: its weights, and the activations they meet.
+// K of the matrices, for what is unrolled; the simulator learns them when it runs, and has 0 here.
+constexpr int kHiddenK = shape().hidden_size, kHeadsK = shape().num_heads * shape().head_dim, kDownK = shape().intermediate_size / shape().down_slices;
+DEV int group_tiles() { return kFewRows ? 2 : 1; }  // tiles that are loaded together: with more rows two would not fit the registers
+
+// The activations that a warp's shares of a row's tiles meet, where they fit registers: every unit of the phase needs the same.
+// Few rows: lane (column, quarter) has of row column % 4 the k pairs 0 and 2 (columns 0-3) or 1 and 3 of its quarter of a chunk. Else all four
+// of row `column`, and of row column + 8.
+constexpr int kPairs = kFewRows ? 2 : kStepRows <= 8 ? 4 : 8;
+template <int K>
+struct Operand {
+  static constexpr bool kHeld = kFewRows && K <= 4 * kTileK;
+  u32 x[kHeld ? (K + kTileK - 1) / kTileK : 1][kShareChunks][kPairs];
+};
+// What one warp multiplies of a tile, in registers.
 struct Share {
   uint4 w[kShareChunks];  // lane (n, quarter) of a chunk: k pairs 0-3 of output row n, at k = 8 * quarter
-  // Few rows: lane (column, quarter) has of row column % 4 the pairs 0 and 2 (columns 0-3) or 1 and 3. Else all four of row `column`, and
-  // of row column + 8.
-  u32 x[kShareChunks][kFewRows ? 2 : kStepRows <= 8 ? 4 : 8];
+  u32 x[kShareChunks][kPairs];  // where the operand is not held
 };
-// tile: bf16 [chunks, 8, 32], of which at most TILE_K / 32 are here; x: bf16 [chunks, max_rows, 32]; rows: how many of max_rows are live. A
-// lane beyond them takes the last one's activations again: no branch, no bank conflict, and its sums are not stored.
-DEV void share_load(Share& share, const char* tile, const char* x, int chunks, int warp, int rows) {
-  const int lane = lane_index(), column = lane / 4, quarter = lane % 4;
+// x: bf16 [chunks, max_rows, 32]; rows: how many of max_rows are live. A lane beyond them takes the last one's activations again: no
+// branch, no bank conflict, and its sums are not stored. What lies beyond the last of `chunks` is zero.
+DEV void load_pairs(u32 (&to)[kPairs], const char* x, int c, int chunks, int rows) {
+  const int column = lane_index() / 4, quarter = lane_index() % 4;
   const int low = min(kFewRows ? column % 4 : column, rows - 1), high = min(column + 8, rows - 1);
+  const bool here = kWholeTiles || c < chunks;
+  const uint4 zero = {0, 0, 0, 0};
+  const char* from = x + (c * kStepRows + low) * 64 + quarter * 16;
+  if (kFewRows) {
+    from += column / 4 * 4;
+    to[0] = here ? *(const u32*)from : 0;
+    to[1] = here ? *(const u32*)(from + 8) : 0;
+  } else {
+    *(uint4*)to = here ? *(const uint4*)from : zero;
+    if (kStepRows > 8) *(uint4*)(to + 4) = here ? *(const uint4*)(x + (c * kStepRows + high) * 64 + quarter * 16) : zero;
+  }
+}
+template <int K>
+DEV void operand_load(Operand<K>& operand, const char* x, int warp, int rows) {
+  if (Operand<K>::kHeld)
+    UNROLL for (int t = 0; t < (K + kTileK - 1) / kTileK; t++) UNROLL for (int j = 0; j < kShareChunks; j++)
+      load_pairs(operand.x[t][j], x, t * (kTileK / 32) + warp + j * kConsumerWarps, K / 32, rows);
+}
+// The warp's share of tile number `t` of a unit of `chunks` chunks. tile: bf16 [chunks, 8, 32], of which at most TILE_K / 32 are here.
+template <int K>
+DEV void share_load(Share& share, const char* tile, const Operand<K>&, const char* x, int t, int chunks, int warp, int rows) {
   UNROLL for (int j = 0; j < kShareChunks; j++) {
-    const int c = warp + j * kConsumerWarps;
-    const bool here = kWholeTiles || c < chunks;  // a unit's last tile may be short
+    const int c = warp + j * kConsumerWarps, at = t * (kTileK / 32) + c;
     const uint4 zero = {0, 0, 0, 0};
-    share.w[j] = here ? ((const uint4*)tile)[c * 32 + lane] : zero;
-    const char* from = x + (c * kStepRows + low) * 64 + quarter * 16;
-    if (kFewRows) {
-      from += column / 4 * 4;
-      share.x[j][0] = here ? *(const u32*)from : 0;
-      share.x[j][1] = here ? *(const u32*)(from + 8) : 0;
-    } else {
-      *(uint4*)share.x[j] = here ? *(const uint4*)from : zero;
-      if (kStepRows > 8) *(uint4*)(share.x[j] + 4) = here ? *(const uint4*)(x + (c * kStepRows + high) * 64 + quarter * 16) : zero;
-    }
+    share.w[j] = kWholeTiles || at < chunks ? ((const uint4*)tile)[c * 32 + lane_index()] : zero;  // a unit's last tile may be short
+    if (!Operand<K>::kHeld) load_pairs(share.x[j], x, at, chunks, rows);
   }
 }
 
@@ -302,10 +360,12 @@ struct Accum {
 DEV void accum_zero(Accum& acc) {
   UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++) acc.c[i][j] = 0.f;
 }
-DEV void accum_multiply(Accum& acc, const Share& share, int) {
+// `t`: the tile's number in its unit; a constant where the operand is held.
+template <int K>
+DEV void accum_multiply(Accum& acc, const Share& share, const Operand<K>& operand, int t, int) {
   UNROLL for (int j = 0; j < kShareChunks; j++) {
     const uint4 w = share.w[j];
-    const u32* x = share.x[j];
+    const u32* x = Operand<K>::kHeld ? operand.x[t][j] : share.x[j];
     if (kFewRows) {
       mma_bf16(acc.c[j % 4], w.x, w.y, w.z, w.w, x[0], x[1]);
     } else if (kStepRows <= 8) {

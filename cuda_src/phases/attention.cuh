@@ -64,7 +64,7 @@ DEV void stream_pages(Block& b, Producer& p) {
   Item item;
   for (int i = first_item(b); find_item(b, i, item); i += shape().num_blocks)
     for (int number = item.end_page - 1; number >= item.first_page && !b.waiter.failed; number--)  // the newest first, see `attend`
-      push_tiles(b, p, kUnitPage, page_at(b, b.waiter.layer, find_page(b, item.row, number), item.kv_head), page_bytes());
+      push_tile(b, p, kUnitPage, page_at(b, b.waiter.layer, find_page(b, item.row, number), item.kv_head), page_bytes());
 }
 
 // Where the block keeps an item, in place of the activations: bf16 q [head_dim / 32, heads, 32]; bf16 k and v [in_step, 2, head_dim]

@@ -64,7 +64,7 @@ DEV bool publish_best(Block& b) {
   const bool sampling = b.shared->num_sampling;
   if (sampling) {
     hand_over_mark(b, kUnitEnd);
-    mbar_wait(b.waiter, Wait::kPartial, false, &b.shared->candidates_ready, b.num_lm_heads++ & 1);
+    mbar_wait(b.waiter, Wait::kPartial, false, Pending{&b.shared->candidates_ready, b.num_lm_heads++ & 1});
   }
   if (!all_well(b)) return false;
   for (int row = b.thread; row < rows; row += kConsumerThreads) {

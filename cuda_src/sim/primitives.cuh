@@ -269,30 +269,39 @@ DEV void mbar_init(u64* bar, u32 count) { sim::mbarrier_init(bar, count); }
 DEV void mbar_init_done() {}
 DEV void mbar_arrive(u64* bar) { sim::mbarrier_arrive(bar, 0, false); }
 DEV void mbar_arrive_expect(u64* bar, u32 bytes) { sim::mbarrier_arrive(bar, bytes, true); }
-DEV bool mbar_test(u64* bar, u32 parity) {
-  if (!sim::mbarrier_done(bar, parity)) return false;
-  sim::mbarrier_seen(bar, parity);
+struct Pending {
+  u64* bar;
+  u32 parity;
+};
+DEV bool mbar_test(Pending p) {
+  if (!sim::mbarrier_done(p.bar, p.parity)) return false;
+  sim::mbarrier_seen(p.bar, p.parity);
   return true;
 }
-DEV bool mbar_test_now(u64* bar, u32 parity) { return mbar_test(bar, parity); }
-DEV void mbar_wait(Waiter& w, Wait kind, bool idle, u64* bar, u32 parity) {
+DEV bool mbar_test_now(Pending p) { return mbar_test(p); }
+DEV bool mbar_wait(Waiter& w, Wait kind, bool idle, Pending p) {
   sim::point();
   sim::WaitNote note{};
-  note.kind = kind, note.idle = idle, note.expected = parity, note.seen = parity ^ 1;
-  note.source = w.params->rank, note.address = bar;
-  while (!mbar_test(bar, parity) && !w.failed)
+  note.kind = kind, note.idle = idle, note.expected = p.parity, note.seen = p.parity ^ 1;
+  note.source = w.params->rank, note.address = p.bar;
+  while (!mbar_test(p) && !w.failed)
     if (park_once(w, sim::Park::kMbar, note)) break;
+  return !w.failed;
 }
-DEV bool mbar_wait_warp(Waiter& w, Wait kind, u64* bar, u32 parity, u64* bar2, u32 parity2) {
-  mbar_wait(w, kind, false, bar, parity);
-  if (bar2 != bar) mbar_wait(w, kind, false, bar2, parity2);
+template <class... Phases>
+DEV bool mbar_wait(Waiter& w, Wait kind, bool idle, Pending first, Phases... phases) {
+  return mbar_wait(w, kind, idle, first) && mbar_wait(w, kind, idle, phases...);
+}
+template <class... Phases>
+DEV bool mbar_wait_warp(Waiter& w, Wait kind, Phases... phases) {
+  mbar_wait(w, kind, false, phases...);
   return !warp_any(w.failed);
 }
-DEV void mbar_drain(u64* bar, u32 parity) {
+DEV void mbar_drain(Pending p) {
   sim::WaitNote note{};
-  note.kind = Wait::kTile, note.idle = true, note.expected = parity, note.seen = parity ^ 1;
-  note.address = bar, note.deadline_ns = ~0ull, note.began_ns = timer_ns();
-  while (!mbar_test(bar, parity)) sim::park_wait(sim::Park::kMbar, note);
+  note.kind = Wait::kTile, note.idle = true, note.expected = p.parity, note.seen = p.parity ^ 1;
+  note.address = p.bar, note.deadline_ns = ~0ull, note.began_ns = timer_ns();
+  while (!mbar_test(p)) sim::park_wait(sim::Park::kMbar, note);
 }
 DEV void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
   sim::point();
@@ -308,21 +317,29 @@ DEV void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
 #endif
 
 namespace imex {
+constexpr int kHiddenK = 0, kHeadsK = 0, kDownK = 0;
 constexpr int kShareChunks = kTileK / 32 / kConsumerWarps;
 constexpr int kShareBytes = 512 / LANES;  // of a chunk, a fiber's part
+DEV int group_tiles() { return shape().max_rows <= 4 ? 2 : 1; }
+template <int K>
+struct Operand {};
+template <int K>
+DEV void operand_load(Operand<K>&, const char*, int, int) {}
 // What one warp multiplies of a tile. The weights are read when they are taken, as on a GPU; the activations stay where they are.
 struct Share {
   char w[kShareChunks][kShareBytes];
   const char* x;
   int count;
 };
-DEV void share_load(Share& share, const char* tile, const char* x, int chunks, int warp, int) {
+template <int K>
+DEV void share_load(Share& share, const char* tile, const Operand<K>&, const char* x, int t, int chunks, int warp, int) {
   share.count = 0;
-  share.x = x + warp * 64 * shape().max_rows;
-  for (int c = warp; c < chunks && c < kTileK / 32; c += kConsumerWarps)
+  share.x = x + (t * (kTileK / 32) + warp) * 64 * shape().max_rows;
+  for (int c = warp; t * (kTileK / 32) + c < chunks && c < kTileK / 32; c += kConsumerWarps)
     memcpy(share.w[share.count++], tile + c * 512 + lane_index() * kShareBytes, kShareBytes);
 }
-DEV void accum_multiply(Accum& acc, const Share& share, int rows) {
+template <int K>
+DEV void accum_multiply(Accum& acc, const Share& share, const Operand<K>&, int, int rows) {
   accum_chunks(acc, share.w[0], kShareBytes, share.x, kConsumerWarps * 64 * shape().max_rows, share.count, rows);
 }
 }  // namespace imex

@@ -69,8 +69,10 @@ KERNEL accumulate(const char* tile, const char* x, float* part, int chunks, int 
     Accum acc;
     accum_zero(acc);
     Share share;
-    share_load(share, memory, activation, chunks, warp_index(), rows);
-    accum_multiply(acc, share, rows);
+    constexpr int kFar = 1 << 20;  // too wide to be held: the kernel's own K is not this test's
+    Operand<kFar> operand;
+    share_load(share, memory, operand, activation, 0, chunks, warp_index(), rows);
+    accum_multiply(acc, share, operand, 0, rows);
     accum_store(acc, sums + warp_index() * shape().max_rows * kUnitRows, rows);
   }
   block_sync();
@@ -166,7 +168,7 @@ KERNEL ring(const RankParams* params, const char* tiles, u32* sums, int count, u
     for (int k = 0; k < count; k++) {
       const int stage = k % kStages;
       const u32 bytes = k == count - 1 ? last_bytes : kStageBytes;
-      if (k >= kStages) mbar_wait(w, Wait::kStage, false, empty + stage, (k / kStages - 1) & 1);
+      if (k >= kStages) mbar_wait(w, Wait::kStage, false, Pending{empty + stage, (u32)((k / kStages - 1) & 1)});
       if (w.failed) break;
       mbar_arrive_expect(full + stage, bytes);
       bulk_copy(stages + stage * kStageBytes, tiles + (u64)k * kStageBytes, bytes, full + stage);
@@ -175,7 +177,7 @@ KERNEL ring(const RankParams* params, const char* tiles, u32* sums, int count, u
     u32 sum = 0;
     for (int k = 0; k < count; k++) {
       const int stage = k % kStages, live = (k == count - 1 ? (int)last_bytes : kStageBytes) / 4;
-      mbar_wait(w, Wait::kTile, false, full + stage, (k / kStages) & 1);
+      mbar_wait(w, Wait::kTile, false, Pending{full + stage, (u32)((k / kStages) & 1)});
       if (w.failed) break;
       for (int i = thread_index(); i < stage_words; i += kConsumerWarps * LANES)
         if (i < live) sum += ((const u32*)(stages + stage * kStageBytes))[i] * (u32)(k + 1);
@@ -216,7 +218,7 @@ KERNEL kv_rule(const RankParams* params, u32* page, u64* news, u32* errors, int 
           bulk_copy(stage, page, kStageBytes, full);
         }
       }
-      mbar_wait(w, Wait::kTile, false, full, (round - 1) & 1);
+      mbar_wait(w, Wait::kTile, false, Pending{full, (u32)((round - 1) & 1)});
       u32 wrong = 0;
       for (int i = thread_index(); i < kStageBytes / 4; i += kThreads) wrong += ((const u32*)stage)[i] != payload_of(round, i);
       if (wrong) atomic_add_gpu(errors, wrong);

@@ -16,12 +16,13 @@ DEV void multiply(Me& me, const char* tiles) {  // [num_layers, 32, 8, 32] bf16
   char* x = shared_memory() + shape().smem_x;
   memset(x, 0, 64 * 32 * rows);
   Share share;
+  Operand<0> operand;
   Accum acc;
   accum_zero(acc);
   for (u32 t = 0; t < shape().num_layers; t++)
     for (int w = 0; w < kConsumerWarps; w++) {
-      share_load(share, tiles + (size_t)t * kStageBytes, x, 32, w, rows);
-      accum_multiply(acc, share, rows);
+      share_load(share, tiles + (size_t)t * kStageBytes, operand, x, 0, 32, w, rows);
+      accum_multiply(acc, share, operand, 0, rows);
     }
   accum_store(acc, (float*)(shared_memory() + shape().smem_part), rows);
 }
@@ -35,7 +36,7 @@ DEV void stream(Me& me, const char* tiles) {  // the ring with one stage in flig
   const size_t base = (size_t)me.block * count * kStageBytes;
   if (warp == kConsumerWarps && lane == 0)
     for (u32 t = 0; t < count; t++) {
-      if (t >= 4) mbar_wait(me.waiter, Wait::kStage, false, &empty[t % 4], (t / 4 - 1) & 1);
+      if (t >= 4) mbar_wait(me.waiter, Wait::kStage, false, Pending{&empty[t % 4], (u32)((t / 4 - 1) & 1)});
       mbar_arrive_expect(&full[t % 4], kStageBytes);
       bulk_copy(ring + t % 4 * kStageBytes, tiles + base + (size_t)t * kStageBytes, kStageBytes, &full[t % 4]);
     }
@@ -44,12 +45,13 @@ DEV void stream(Me& me, const char* tiles) {  // the ring with one stage in flig
   if (warp == 0 && lane == 0) memset(x, 0, 64 * 32 * rows);
   consumer_sync();
   Share share;
+  Operand<0> operand;
   Accum acc;
   accum_zero(acc);
   for (u32 t = 0; t < count; t++) {
-    mbar_wait(me.waiter, Wait::kTile, false, &full[t % 4], t / 4 & 1);
-    share_load(share, ring + t % 4 * kStageBytes, x, 32, warp, rows);
-    accum_multiply(acc, share, rows);
+    mbar_wait(me.waiter, Wait::kTile, false, Pending{&full[t % 4], (u32)(t / 4 & 1)});
+    share_load(share, ring + t % 4 * kStageBytes, operand, x, 0, 32, warp, rows);
+    accum_multiply(acc, share, operand, 0, rows);
     warp_sync();
     if (lane == 0) mbar_arrive(&empty[t % 4]);
   }

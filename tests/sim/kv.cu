@@ -39,13 +39,13 @@ DEV void learn(Me& me, Shared* s, const u32* page, u32 round) {  // one consumer
 }
 
 DEV void copy(Me& me, Shared* s, const u32* page, u32 round) {  // its producer
-  mbar_wait(me.waiter, Wait::kStep, false, &s->told, round & 1);
+  mbar_wait(me.waiter, Wait::kStep, false, Pending{&s->told, round & 1});
 #ifndef BUG_NO_READER_PROXY
   fence_async_global();
 #endif
   mbar_arrive_expect(&s->landed, kValues * 4);
   bulk_copy(shared_memory() + 1024, page, kValues * 4, &s->landed);
-  mbar_wait(me.waiter, Wait::kTile, false, &s->landed, round & 1);
+  mbar_wait(me.waiter, Wait::kTile, false, Pending{&s->landed, round & 1});
   for (u32 i = 0; i < kValues; i++) me.result[0] += ((u32*)(shared_memory() + 1024))[i] != round * kValues + i + 1;
 }
 

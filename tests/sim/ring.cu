@@ -16,7 +16,7 @@ DEV void produce(Me& me, Shared* s) {
   const char* tiles = (const char*)me.params->qkv + (size_t)me.block * shape().num_layers * bytes;
   for (u32 t = 0; t < shape().num_layers; t++) {
     const u32 stage = t % kRing;
-    if (t >= kRing) mbar_wait(me.waiter, Wait::kStage, false, &s->empty[stage], (t / kRing - 1) & 1);
+    if (t >= kRing) mbar_wait(me.waiter, Wait::kStage, false, Pending{&s->empty[stage], (u32)((t / kRing - 1) & 1)});
     mbar_arrive_expect(&s->full[stage], bytes);
     bulk_copy(shared_memory() + shape().smem_ring + stage * kStageBytes, tiles + (size_t)t * bytes, bytes, &s->full[stage]);
   }
@@ -34,24 +34,25 @@ DEV void consume(Me& me, Shared* s) {
     consumer_sync();
     const u32 stage = t % kRing, slot = t % 2;
     Share share;
+    Operand<0> operand;
     Accum acc;
     accum_zero(acc);
-    mbar_wait(me.waiter, Wait::kTile, false, &s->full[stage], t / kRing & 1);
-    share_load(share, shared_memory() + shape().smem_ring + stage * kStageBytes, shared_memory() + shape().smem_x, chunks, warp_index(),
-               rows);
-    accum_multiply(acc, share, rows);
+    mbar_wait(me.waiter, Wait::kTile, false, Pending{&s->full[stage], (u32)(t / kRing & 1)});
+    share_load(share, shared_memory() + shape().smem_ring + stage * kStageBytes, operand, shared_memory() + shape().smem_x, 0, chunks,
+               warp_index(), rows);
+    accum_multiply(acc, share, operand, 0, rows);
 #ifndef BUG_NO_WARP_SYNC
     warp_sync();
 #endif
     if (lane_index() == 0) mbar_arrive(&s->empty[stage]);
-    if (t >= 2) mbar_wait(me.waiter, Wait::kPartial, false, &s->part_empty[slot], (t / 2 - 1) & 1);
+    if (t >= 2) mbar_wait(me.waiter, Wait::kPartial, false, Pending{&s->part_empty[slot], (u32)((t / 2 - 1) & 1)});
     float* mine = parts + (slot * kConsumerWarps + warp_index()) * values;
     accum_store(acc, mine, rows);
     warp_sync();
     if (lane_index() == 0) mbar_arrive(&s->part_full[slot]);
     if (warp_index() == (int)(t % kConsumerWarps)) {
 #ifndef BUG_NO_PART_WAIT
-      mbar_wait(me.waiter, Wait::kPartial, false, &s->part_full[slot], t / 2 & 1);
+      mbar_wait(me.waiter, Wait::kPartial, false, Pending{&s->part_full[slot], (u32)(t / 2 & 1)});
 #endif
       for (u32 i = lane_index() * 2; i < values; i += LANES * 2) {
         float sum[2] = {0.f, 0.f};

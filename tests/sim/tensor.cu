@@ -20,11 +20,11 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams p) {
     accum_zero(acc);
     const int chunks = s.hidden_size / 32;
     Share share;
+    Operand<0> operand;
     for (int w = 0; w < kConsumerWarps; w++)
       for (int t = 0; t < (chunks + 31) / 32; t++) {
-        share_load(share, (const char*)me.params->qkv + (size_t)t * kStageBytes, x + t * kTileK * 2 * s.max_rows, chunks - t * 32, w,
-                   s.max_rows);
-        accum_multiply(acc, share, s.max_rows);
+        share_load(share, (const char*)me.params->qkv + (size_t)t * kStageBytes, operand, x, t, chunks, w, s.max_rows);
+        accum_multiply(acc, share, operand, t, s.max_rows);
       }
     accum_store(acc, part, s.max_rows);
     results = s.max_rows * 8;
