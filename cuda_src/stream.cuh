@@ -54,9 +54,8 @@ DEV void drain_copies(Block& b, Producer& p) {
   }
 }
 
-// Units of a matrix, dealt to `num_blocks` blocks of which this is number `index`. Most are dealt in rounds, since a claim's round trip
-// is longer than a unit's time in the stream; the last two or three of a long phase are claimed from a counter, since SMs do not run
-// at one speed. The first unit is always the block's own, so that every block has a word in o_proj and down_proj (condition C,
+// Units of a matrix, dealt to `num_blocks` blocks of which this is number `index`. The first half of a long phase, and all of a short one,
+// is dealt in rounds, since a claim's first round trip is not hidden; the rest is claimed from a counter, since SMs do not run at one speed. The first unit is always the block's own, so that every block has a word in o_proj and down_proj (condition C,
 // exchange.cuh). A block has kClaims claims under way and stops at the first that fails, so each use of a counter takes a number of
 // claims that is known (`claims_per_use`), and the counter is never reset.
 constexpr int kClaims = 3;
@@ -70,7 +69,7 @@ struct Matrix {
 };
 DEV int dealt_rounds(const Matrix& m) {
   const int rounds = m.units / m.num_blocks;
-  return rounds < 4 ? rounds + 1 : rounds - 2;
+  return rounds < 4 ? rounds + 1 : rounds / 2;
 }
 DEV u32 claims_per_use(const Matrix& m) {
   const int claimed = m.units - dealt_rounds(m) * m.num_blocks;

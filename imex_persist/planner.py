@@ -15,6 +15,7 @@ from imex_persist import abi
 MAX_USEFUL_STAGES = 12  # more buffered tiles did not help (docs/performance.md)
 MIN_STAGES = 4
 ONE_SHOT_WORDS = 8192  # words a block can read in one shot before a slice owner is faster (docs/performance.md)
+LONG_UNIT_TILES = 7  # a unit of down_proj that is longer should be cut (docs/performance.md)
 PARTIAL_GROUP = 128  # partial sums that lie together, halves of quads apart (part_index in cuda_src/exchange.cuh)
 H100_SMS = 132
 H100_SHARED_BYTES = 232_448
@@ -103,9 +104,9 @@ def make_shape(
             continue
         candidate = s.copy()
         _place_shared_memory(candidate, config, slices, one_shot_rows, strategy, machine)
-        if best is None or candidate["ring_stages"] > best["ring_stages"]:
+        if best is None or candidate["ring_stages"] > best["ring_stages"] or _finer_slices_help(best):
             best = candidate
-        if candidate["ring_stages"] >= min(8, machine.max_stages):
+        if candidate["ring_stages"] >= min(8, machine.max_stages) and not _finer_slices_help(candidate):
             break
     if best is None or best["ring_stages"] < MIN_STAGES:
         fits = [r for r in range(max_rows - 1, 0, -1) if _rows_fit(config, world_size, r, machine)]
@@ -116,6 +117,13 @@ def make_shape(
         )
     _place_symmetric_memory(best)
     return best
+
+
+def _finer_slices_help(s) -> bool:
+    """Whether twice the slices would shorten long units of down_proj, so that blocks end the phase together, at no second hop of the exchange."""
+    slices = int(s["down_slices"])
+    tiles, words = int(s["intermediate_size"]) / slices / abi.TILE_K, int(s["hidden_size"]) * int(s["world_size"]) * slices
+    return tiles > LONG_UNIT_TILES and (2 * words <= ONE_SHOT_WORDS or words > ONE_SHOT_WORDS)
 
 
 def _rows_fit(config, world_size: int, rows: int, machine: Machine) -> bool:

@@ -161,10 +161,10 @@ DEV void mailbox_pause(u32 idle_polls) {  // between two looks at the descriptor
 
 // ---------------------------------------------------------------------------------------------- inside a block
 DEV void block_sync() { __syncthreads(); }
-// The register file is dealt anew, by groups of four warps: 256 threads of 200 and 128 of 104 are what 384 of 168 had. Consumers hold
+// The register file is dealt anew, by groups of four warps: 256 threads of 216 and 128 of 72 are what 384 of 168 had. Consumers hold
 // activations and tiles in registers; nobody else needs many. All warps of a group call it once, before anything else.
-DEV void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 200;"); }
-DEV void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 104;"); }
+DEV void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 216;"); }
+DEV void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 72;"); }
 DEV void consumer_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumerWarps * LANES) : "memory"); }
 DEV bool consumer_any(bool mine) {  // a barrier, and whether any consumer said yes
   u32 any;

@@ -127,30 +127,45 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
   const int dim = shape().head_dim, pairs = item.heads * dim / 2;
   const int position = b.shared->rows[item.row].position, page_chunks = shape().page_size / kChunk, last_chunk = position / kChunk;
   consumer_sync();  // the activations have been read: the item takes their place
-  // The newest page comes first: it is here before q is, and what can be done to it is done while q is on its way.
+  // Pages are here before q is, and what can be done to them is done while q is on its way. A run of at most a chunk a warp that fits the
+  // ring is awaited whole, so that each warp then goes straight to its chunk; of a longer one only the newest page, which comes first.
+  const int run_pages = item.end_page - item.first_page;
+  const bool whole = run_pages * page_chunks <= kConsumerWarps && run_pages < (int)shape().ring_stages;
+  const RingCursor begin = b.ring;
   bool here = wait_stage(b);
   if (here && last_chunk / page_chunks == item.end_page - 1 && last_chunk % kConsumerWarps == b.warp)
     clear_tail(b, ring_stage(b, b.ring.stage) + last_chunk % page_chunks * chunk_bytes(), position + 1 - last_chunk * kChunk);
+  ROLLED for (int i = 1; i < run_pages && whole && here; i++) {
+    b.ring = ahead(b.ring, 1);
+    here = wait_stage(b);
+  }
+  b.ring = begin;
   gather_item(b, item, epoch);
   if (!all_well(b)) return false;
   mark(b, Mark::kInput, take_word_clocks(b));
 
   Flash flash;
   flash_zero(flash);
-  ROLLED for (int page = item.end_page - 1; page >= item.first_page && here; page--) {
-    ROLLED for (int c = 0; c < page_chunks; c++) {
-      const int chunk = page * page_chunks + c, first = chunk * kChunk;
-      if (chunk % kConsumerWarps != b.warp || first > position) continue;
-      char* at = ring_stage(b, b.ring.stage) + c * chunk_bytes();
-      const int valid = smaller(kChunk, position + 1 - first);
-      const bool completes = item.in_step && first + kChunk > position + 1 - item.in_step;
-      if (completes) complete_chunk(b, item, at, first, valid);
-      flash_chunk(flash, item_query(b), at, item.heads, valid, shape().attn_scale);
-      if (completes) fence_async_shared();  // this warp's plain writes to the stage, before a later bulk copy into it
-    }
+  int passed = 0;  // pages of the run that this warp has left behind
+  auto leave_page = [&] {
     release_stage(b);
-    if (page > item.first_page) here = wait_stage(b);
+    if (++passed < run_pages && !whole) here = wait_stage(b);
+  };
+  // The warp's chunks of the run: the newest first, then each kConsumerWarps before it. No two are in one page.
+  const int end_chunk = smaller(item.end_page * page_chunks, last_chunk + 1);
+  int chunk = end_chunk - 1 - (int)((u32)(end_chunk - 1 - b.warp) % kConsumerWarps);
+  ROLLED for (; here && chunk >= item.first_page * page_chunks; chunk -= kConsumerWarps) {
+    const int number = item.end_page - 1 - chunk / page_chunks;  // of its page, in the ring's order
+    ROLLED while (!whole && here && passed < number) leave_page();
+    if (!here) break;
+    const int first = chunk * kChunk, valid = smaller(kChunk, position + 1 - first);
+    char* at = ring_stage(b, ahead(b.ring, number - passed).stage) + chunk % page_chunks * chunk_bytes();
+    const bool completes = item.in_step && first + kChunk > position + 1 - item.in_step;
+    if (completes) complete_chunk(b, item, at, first, valid);
+    flash_chunk(flash, item_query(b), at, item.heads, valid, shape().attn_scale);
+    if (completes) fence_async_shared();  // this warp's plain writes to the stage, before a later bulk copy into it
   }
+  ROLLED while (here && passed < run_pages) leave_page();
   flash_store(flash, item_merge(b, item, b.warp), item.heads);
   consumer_sync();
   for (int i = b.thread; i < pairs && !b.waiter.failed; i += kConsumerThreads) {
