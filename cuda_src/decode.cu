@@ -148,7 +148,7 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams launch) {
   b.lane = lane_index();
   b.thread = b.warp * LANES + b.lane;
   b.step = 0;
-  b.num_units = b.num_lm_heads = b.num_events = b.tile_clocks = 0;
+  b.num_units = b.num_lm_heads = b.num_events = b.num_aligns = b.tile_clocks = 0;
   b.waiter = {b.params, 0, Phase::kEmbed, false};
   if (b.thread == 0) {
     b.shared->fault.set = 0;

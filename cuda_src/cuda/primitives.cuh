@@ -97,21 +97,7 @@ DEV void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 DEV void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 DEV void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---------------------------------------------------------------------------------------------- waiting
-// What a wait needs to give up: whose abort word to look at, how long to be patient, whom to name. See faults.cuh.
-struct Waiter {
-  const RankParams* params;
-  u32 layer;
-  Phase phase;
-  bool failed;      // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
-  u32 word_clocks;  // trace.cuh: waited for words that were not there at the first poll
-};
-// Called every so many failed polls, with when the wait began; true when the wait must end without what it waited for.
-// `idle` waits (for the next plan, and for whoever waits for those who do) have no deadline: only the abort word ends them.
-// A call with plain numbers, so that no Waiter needs an address and the fast path keeps everything in registers.
-DEV bool give_up(const RankParams* params, Phase phase, u32 layer, Wait kind, bool idle, u32 source, u32 expected, u32 seen,
-                 u64 began_ns);
-DEV bool aborted(const RankParams* params);  // has anybody given up?
+// ---------------------------------------------------------------------------------------------- clocks and waiting
 DEV u64 timer_ns() {
   u64 t;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
@@ -122,42 +108,16 @@ DEV u32 clock_low() {
   asm volatile("mov.u32 %0, %clock;" : "=r"(t)::"memory");
   return t;
 }
-DEV void stand_still(u32 ns) {
-  for (const u64 began = timer_ns(); timer_ns() - began < ns;) {}
+// The clock, if `tag` is `epoch`: read no earlier than the tag was there.
+DEV void clock_when(u32 tag, u32 epoch, u32& clock) {
+  asm volatile("{ .reg .pred p; setp.eq.u32 p, %1, %2; @p mov.u32 %0, %clock; }"
+               : "+r"(clock)
+               : "r"(tag), "r"(epoch)
+               : "memory");
 }
-constexpr u32 kPollsPerCheck = 256;  // the abort word and the clock are looked at this seldom, off the fast path
-
-// Waits until the words at address(0) .. address(count - 1) and their right neighbours all carry `epoch`; payloads in `out`.
-// All loads of a poll are in flight together. count <= N; source(i) names the rank that owes word i.
-template <int N, class Address, class Source>
-DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source, u32 (&out)[N][2]) {
-  u64 word[N][2] = {};
-  u32 missing_pairs = (1u << count) - 1;  // only these are loaded again: polling shares the way to L2 with the stream
-  auto ready = [&] {
-  UNROLL for (int i = 0; i < N; i++)
-      if (missing_pairs >> i & 1) load_words(address(i), word[i][0], word[i][1]);
-    UNROLL for (int i = 0; i < N; i++)
-      if ((u32)(word[i][0] >> 32) == epoch && (u32)(word[i][1] >> 32) == epoch) missing_pairs &= ~(1u << i);
-    return missing_pairs == 0;
-  };
-  u64 began_ns = 0;
-  const bool late = shape().trace && !ready();
-  const u32 began = late ? clock_low() : 0;
-  for (u32 polls = 0; !ready() && !w.failed;) {
-    if (++polls % kPollsPerCheck) continue;
-    if (!began_ns) began_ns = timer_ns();
-    const int first = __ffs(missing_pairs) - 1;  // for the record: whose word it is, and what is there instead
-    u64 there[2];
-    load_words(address(first), there[0], there[1]);
-    const u32 tag = (u32)(there[0] >> 32);
-    w.failed = give_up(w.params, w.phase, w.layer, kind, idle, source(first), epoch, tag == epoch ? (u32)(there[1] >> 32) : tag, began_ns);
-  }
-  if (late) w.word_clocks += clock_low() - began;
-  UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < 2; j++) out[i][j] = i < count ? (u32)word[i][j] : 0;
-}
-DEV void mailbox_pause(u32 idle_polls) {  // between two looks at the descriptor ring; sleeps only after about 1 ms without news
-  if (idle_polls > 1000) __nanosleep(500);
-}
+}  // namespace imex
+#include "waiting.cuh"
+namespace imex {
 
 // ---------------------------------------------------------------------------------------------- inside a block
 DEV void block_sync() { __syncthreads(); }
@@ -168,11 +128,10 @@ DEV void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 104;")
 DEV void consumer_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumerWarps * LANES) : "memory"); }
 DEV bool consumer_any(bool mine) {  // a barrier, and whether any consumer said yes
   u32 any;
-  asm volatile(
-      "{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.cta.red.or.pred q, 1, %2, p; selp.u32 %0, 1, 0, q; }"
-      : "=r"(any)
-      : "r"((u32)mine), "n"(kConsumerWarps * LANES)
-      : "memory");
+  asm volatile("{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.cta.red.or.pred q, 1, %2, p; selp.u32 %0, 1, 0, q; }"
+               : "=r"(any)
+               : "r"((u32)mine), "n"(kConsumerWarps * LANES)
+               : "memory");
   return any;
 }
 DEV void warp_sync() { __syncwarp(); }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from imex_persist.abi import Phase
+from imex_persist.observe.hops import words_left
 from imex_persist.observe.path import critical_path
 from imex_persist.observe.spans import Trace, order_of
 
@@ -25,11 +27,10 @@ def chrome_trace(trace: Trace, *, flows: bool = True) -> dict:
             events.append(_span(f"{s.phase.name.lower()} {s.kind}", "path", 0, PATH_THREAD, s.begin_us, s.us, args))
         if flows:
             events += _flows(trace, step, number)
-    c = trace.clocks
     return {
         "traceEvents": events,
         "displayTimeUnit": "ns",
-        "otherData": {"axis": c.axis, "clock_error_us": c.residual_us, "rank_error_us": c.rank_error_us},
+        "otherData": {"axis": trace.axis, "clock_error_us": asdict(trace.errors)},
     }
 
 
@@ -67,7 +68,7 @@ def _spans(trace: Trace) -> Iterator[dict]:
 def _flows(trace: Trace, step: int, number: int) -> Iterator[dict]:
     """An arrow from each rank's last word of an exchange to every block that took it in later than it was ready."""
     table, layers = trace.table(step), int(trace.shape["num_layers"])
-    out = np.where(np.isnan(table["sent"]), table["end"], table["sent"])
+    out = words_left(table)
     for index, (source, target) in enumerate(_pairs(layers)):
         for rank in range(table.shape[0]):
             block = int(np.argmax(out[rank, :, source]))

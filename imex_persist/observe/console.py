@@ -73,10 +73,8 @@ def show(r: dict, title: str, console: Console | None = None) -> None:
     s, gap = r["step_us"], r["gap_us"]
     console.print(Text(f"Trace of {title}", style="bold"))
     console.print(f"Times are {r['axis']}.")
-    error = f"clocks of blocks to {r['clock_error_us']:.3f} µs"
-    if r["rank_error_us"]:
-        error += f", ranks to {r['rank_error_us']:.2f} µs"
-    console.print(f"{r['steps']} decode steps, {r['lost_steps']} lost; {error}.\n")
+    console.print(f"{r['steps']} decode steps, {r['lost_steps']} lost.")
+    _clocks(console, r)
     console.print(f"step   p50 {us(s['p50'])}   p90 {us(s['p90'])}   p99 {us(s['p99'])}   max {us(s['max'])}")
     each = r["step_us_each"]
     if each:
@@ -86,6 +84,23 @@ def show(r: dict, title: str, console: Console | None = None) -> None:
     _exchanges(console, r)
     _requests(console, r)
     _path(console, r)
+
+
+def _clocks(console: Console, r: dict) -> None:
+    """How far to believe the axis: bounds, and whether any word contradicts it."""
+    e, h = r["clock_error_us"], r["hops"]
+    if e["blocks"]:
+        ranks = f", between ranks to {us(e['ranks'])}" if e["ranks"] else ""
+        drift = f"; drift between alignments {us(e['drift'])}" if e["drift"] is not None else ""
+        console.print(f"Clocks are known to {us(e['blocks'])} inside a rank{ranks}{drift}.")
+    if h["checked"]:
+        seen = " and ".join(
+            f"{us(h[f'shortest_{kind}_us'])} {text}"
+            for kind, text in (("local", "inside a rank"), ("peers", "between ranks"))
+            if h[f"shortest_{kind}_us"] is not None
+        )
+        console.print(f"Shortest hops {seen}; {h['contradictions']} of {h['checked']} seen before they left.")
+    console.print()
 
 
 def _phases(console: Console, r: dict) -> None:

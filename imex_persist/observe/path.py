@@ -14,6 +14,7 @@ import numpy as np
 
 from imex_persist import abi
 from imex_persist.abi import Phase
+from imex_persist.observe.hops import words_left
 from imex_persist.observe.spans import EXCHANGED, Trace, order_of
 
 KINDS = ("compute", "tiles", "local_hop", "peer_hop")
@@ -75,10 +76,7 @@ class _Walk:
         self.step, self.table = step, trace.table(step)  # [rank, block, order]
         self.layers, self.world = int(trace.shape["num_layers"]), int(trace.shape["world_size"])
         self.two_shot = int(trace.shape["strategy"]) == abi.Strategy.TWO_SHOT
-        end = self.table["end"]
-        sent = self.table["sent"]
-        self.out = np.where(np.isnan(sent), end, sent)  # when a phase's words had left the block
-        self.out[..., -2] = self.table["begin"][..., -1]  # lm_head's are published by the consumers, who then begin `sample`
+        self.out = words_left(self.table)
         self.segments: list[Segment] = []
 
     def path(self) -> Path:

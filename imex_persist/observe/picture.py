@@ -40,7 +40,7 @@ def svg(trace: Trace, step: int) -> str:
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="11">',
         f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
-        f'<text x="8" y="16" font-size="13">Step {step}: {end - begin:.2f} µs ({html.escape(trace.clocks.axis)})</text>',
+        f'<text x="8" y="16" font-size="13">Step {step}: {end - begin:.2f} µs ({html.escape(trace.axis)})</text>',
     ]
     at = LEFT
     for phase, colour in COLOURS.items():
@@ -92,8 +92,8 @@ def page_data(trace: Trace, step: int) -> dict:
     number = lambda v: round(float(v) - zero, 3)  # noqa: E731
     return {
         "step": step,
-        "axis": trace.clocks.axis,
-        "error": trace.clocks.residual_us,
+        "axis": trace.axis,
+        "error": trace.errors.blocks,
         "us": path.us,
         "phases": [p.name.lower() for p in Phase],
         "colours": [COLOURS[p] for p in Phase],

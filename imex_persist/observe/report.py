@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import numpy as np
 
 from imex_persist import abi, planner
 from imex_persist.abi import Phase
-from imex_persist.observe.align import exchange_places
+from imex_persist.observe.hops import exchange_places, hop_check, words_left
 from imex_persist.observe.path import KINDS, Path, critical_path, suspects, usual
 from imex_persist.observe.spans import EXCHANGED, Trace, num_phases
 
@@ -90,8 +91,7 @@ def word_waits(trace: Trace) -> dict[Phase, tuple[float, float]]:
     sums = {phase: np.zeros(2) for phase in Phase}
     for step in trace.steps:
         table = trace.table(step)
-        out = np.where(np.isnan(table["sent"]), table["end"], table["sent"])
-        out[..., -2] = table["begin"][..., -1]  # as in path.py
+        out = words_left(table)
         for target in range(2, num_phases(trace.shape)):
             phase = Phase(int(table["phase"][0, 0, target]))
             source = target - 1
@@ -115,7 +115,7 @@ def exchange_rows(trace: Trace) -> list[dict]:
     last, lead, visible, count = [0] * world, [[] for _ in range(world)], [[] for _ in range(world)], 0
     for step in trace.steps if world > 1 else ():
         table = trace.table(step)
-        out = np.where(np.isnan(table["sent"]), table["end"], table["sent"])
+        out = words_left(table)
         for source, target in exchange_places(layers):
             left = out[..., source].max(axis=1)
             taken = table["sum"][..., target]
@@ -208,12 +208,11 @@ def report(trace: Trace, *, requests: list[dict] = (), ceiling_gbs: float | None
     """Everything, as plain numbers, lists and dicts. With `decode_only`, steps that hold prompt rows too are left out if others remain."""
     trace = decode_steps(trace) if decode_only else trace
     paths = [critical_path(trace, step) for step in trace.steps]
-    c, shape = trace.clocks, trace.shape
+    shape = trace.shape
     out = {
-        "axis": c.axis,
-        "clock_error_us": c.residual_us,
-        "rank_error_us": c.rank_error_us,
-        "rank_offset_us": list(c.rank_offset_us),
+        "axis": trace.axis,
+        "clock_error_us": asdict(trace.errors),
+        "hops": hop_check(trace),
         "ranks": int(shape["world_size"]),
         "blocks": int(shape["num_blocks"]),
         "layers": int(shape["num_layers"]),
@@ -253,4 +252,4 @@ def decode_steps(trace: Trace) -> Trace:
     lm = trace.spans[(trace.spans["phase"] == Phase.LM_HEAD) & (trace.spans["value"] > 0)]
     sampled = set(lm["step"].tolist())
     keep = [step for step in keep if step in sampled] or keep
-    return Trace(trace.shape, trace.spans[np.isin(trace.spans["step"], keep)], trace.clocks, trace.lost, trace.origin_ns)
+    return replace(trace, spans=trace.spans[np.isin(trace.spans["step"], keep)], _tables={})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from imex_persist import abi, planner
+from imex_persist.observe.clocks import ALIGNMENT
 
 EVENT = np.dtype([("rank", "u2"), ("block", "u2"), ("writer", "u2"), ("_pad", "u2"), ("event", abi.TraceEvent)])
 EVENTS_PER_LAYER = 24  # at most, of a block's consumers, when a block attends to one run of one row
@@ -30,17 +31,20 @@ class RingReader:
             raise ValueError("the kernel was built without tracing: start the engine with trace_events, for example 8192")
         each = planner.trace_bytes(shape) // abi.TraceEvent.itemsize
         raw = np.frombuffer(memory, abi.TraceEvent, each * world).reshape(world, each)
-        self._rings = raw[:, : blocks * abi.TRACE_WRITERS * size].reshape(world, blocks, abi.TRACE_WRITERS, size)
+        rings, partners = blocks * abi.TRACE_WRITERS * size, planner.num_partners(shape)
+        self._rings = raw[:, :rings].reshape(world, blocks, abi.TRACE_WRITERS, size)
+        self._alignments = raw[:, rings : rings + abi.ALIGN_SLOTS * partners].reshape(world, abi.ALIGN_SLOTS, partners)
         self._fetched = 0  # steps below are done with
         self.lost: set[int] = set()  # steps of which something had been overwritten
 
-    def fetch(self, steps: int) -> np.ndarray:
-        """EVENT records of the steps not fetched before and below `steps`, which every block must have ended.
+    def fetch(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """EVENTs and ALIGNMENTs of the steps not fetched before and below `steps`, which every block must have ended.
 
-        Sorted by rank, block, writer and time. A step of which a block's beginning was overwritten is left out.
+        Events are sorted by rank, block, writer and time, alignments by step. A step of which a block's beginning was overwritten is
+        left out.
         """
         if steps <= self._fetched:
-            return np.zeros(0, EVENT)
+            return np.zeros(0, EVENT), np.zeros(0, ALIGNMENT)
         rings = self._rings.copy()  # the kernel writes on
         tags = rings["step"].astype(np.int64) - 1
         size = rings.shape[-1]
@@ -54,8 +58,19 @@ class RingReader:
         out = np.zeros(len(by), EVENT)
         out["rank"], out["block"], out["writer"] = rank[by], block[by], writer[by]
         out["event"] = rings[wanted][by]
+        aligned = self._fetch_alignments(steps)
         self._fetched = steps
-        return self._drop_broken(out)
+        return self._drop_broken(out), aligned
+
+    def _fetch_alignments(self, steps: int) -> np.ndarray:
+        slots = self._alignments.copy()
+        tags = slots["step"].astype(np.int64) - 1
+        rank, slot, partner = np.nonzero((tags >= self._fetched) & (tags < steps))
+        out = np.zeros(len(rank), ALIGNMENT)
+        out["rank"], out["partner"], out["step"] = rank, partner, tags[rank, slot, partner]
+        for name, field in (("asked", "clock"), ("trip", "what"), ("answer", "value")):
+            out[name] = slots[field][rank, slot, partner]
+        return out[np.argsort(out["step"], kind="stable")]
 
     def _drop_broken(self, events: np.ndarray) -> np.ndarray:
         steps = events["event"]["step"].astype(np.int64) - 1
