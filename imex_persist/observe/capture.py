@@ -12,6 +12,7 @@ from imex_persist.observe.ring import EVENT, RingReader
 from imex_persist.observe.spans import Trace, decode, pairs_of
 
 SETTLE_S = 0.05  # after the last token: for the blocks to write their last events
+BEHIND = 2  # steps behind the kernel, while it runs: all ranks have written them
 MAX_DRAINS_KEPT = 4096
 LIVE_DRAINS = 64  # whose alignments of clocks `poll` uses
 
@@ -26,17 +27,19 @@ class Capture:
         self.axis = axis_of(llm.group.placement)
         self._mailbox = llm.group.mailbox
         self._one_clock = llm.group.placement.kind == "sim"
-        self._reader = RingReader(llm.group.trace.view, llm.shape)
+        self._reader = RingReader(llm.group.trace.view, llm.shape, first_step=self._mailbox.steps)
         self._drained: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=MAX_DRAINS_KEPT)  # events, alignments
         self._new = 0  # drains that poll has not returned
 
     def drain(self) -> None:
-        """Fetches the steps that are new, two behind the kernel: all ranks have written them."""
-        self._keep(self._mailbox.steps - 2)
+        """Fetches the new steps if the rings are half full of them. Cheap to call, after every token for example."""
+        done = self._mailbox.steps - BEHIND
+        if done - self._reader.fetched >= self._reader.holds // 2 * int(self.shape["trace_every"]):
+            self._keep(done)
 
     def poll(self) -> Trace | None:
-        """The steps drained since the last call, or None."""
-        self.drain()
+        """The steps that are new since the last call, or None."""
+        self._keep(self._mailbox.steps - BEHIND)
         new, self._new = min(self._new, len(self._drained)), 0
         return self._decode(new, new + LIVE_DRAINS) if new else None
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 DEFAULT_PROMPT = "What is the capital of France?"
 DEFAULT_TOKENS = 32
+PROMPT_STEPS = 16  # that the rings hold beside the tokens', if they may be so large
 DRAW_S = 0.1  # between two looks at the rings
 
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, make_engine: Callable) -> int:
     events = args.trace_events
     if not events:
         config = load_model(args.model, args.load_format, seed=args.seed, tokenizer=False).config
-        events = ring_events(config.num_hidden_layers)
+        events = ring_events(config.num_hidden_layers, -(-args.max_tokens // args.trace_every) + PROMPT_STEPS)
     with make_engine(trace_events=events) as llm:
         capture = Capture(llm)
         stream = start_stream(llm, args.prompt, args.max_tokens)
@@ -83,10 +84,8 @@ def follow(stream, capture, live=None) -> None:
     for new in stream:
         tokens += len(new.token_ids)
         capture.drain()
-        if time.monotonic() - looked > DRAW_S:
-            trace = capture.poll()
-            if live is not None:
-                live(trace, tokens)
+        if live is not None and time.monotonic() - looked > DRAW_S:
+            live(capture.poll(), tokens)
             looked = time.monotonic()
 
 
