@@ -103,6 +103,7 @@ enum class Mark : unsigned int {
   kEnd = 4,
   kSum = 5,
   kSent = 6,
+  kMet = 7,
 };
 
 struct Shape {

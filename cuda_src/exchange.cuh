@@ -128,6 +128,7 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
 // every row, with their sums of squares; times the norm's weights if the phase multiplies. All consumers; false when the block must leave.
 DEV bool receive(Block& b, Exchange x, u32 epoch, Phase phase, bool multiplies) {
   consumer_sync();  // the phase before has read the activations
+  mark(b, Mark::kMet);
   const bool weighs = multiplies && open_norm(b);
   const int rows = num_rows(b);
   float squares = 0.f;  // of the last row; no other warp is kept waiting for their sum

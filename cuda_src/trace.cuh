@@ -38,17 +38,20 @@ DEV void mark_clock(Block& b) {
 }
 // When an adder sent off its last unit of a phase: known, so written, when the next phase's first comes.
 struct Sent {
-  u32 clock, what, unit, step;
+  u32 first, last, what, step;
 };
-DEV void mark_sent(Block& b, int adder, Sent& last, const UnitNote& note, bool sent) {
+DEV void mark_sent(Block& b, int adder, Sent& words, const UnitNote& note, bool sent) {
   if (!shape().trace || b.lane) return;
   const u32 what = mark_of(Mark::kSent, note.phase, note.layer);
-  if (last.what && (last.what != what || last.step != note.step)) {
-    if (traced(last.step)) put_event(b, 1 + adder, last.clock, last.what, last.unit, last.step);
-    last.what = 0;
+  if (words.what && (words.what != what || words.step != note.step)) {
+    if (traced(words.step)) put_event(b, 1 + adder, words.last, words.what, words.last - words.first, words.step);
+    words.what = 0;
   }
-  if (sent) last = {clock_low(), what, (u32)note.unit, note.step};
+  if (!sent) return;
+  const u32 now = clock_low();
+  words = {words.what ? words.first : now, now, what, note.step};
 }
+
 // ---------------------------------------------------------------------------------------------- one axis for all clocks
 // Every SM has a clock of its own. So before some steps each rank's block 0 asks every other block of its rank, and rank 0's the block
 // 0 of every other rank, for its clock: a word there and a word back, kAlignRounds times. The answer's clock was read between question

@@ -127,6 +127,7 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
   const int dim = shape().head_dim, pairs = item.heads * dim / 2;
   const int position = b.shared->rows[item.row].position, page_chunks = shape().page_size / kChunk, last_chunk = position / kChunk;
   consumer_sync();  // the activations have been read: the item takes their place
+  mark(b, Mark::kMet);
   // The newest page comes first: it is here before q is, and what can be done to it is done while q is on its way.
   bool here = wait_stage(b);
   if (here && last_chunk / page_chunks == item.end_page - 1 && last_chunk % kConsumerWarps == b.warp)

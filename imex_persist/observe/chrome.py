@@ -54,7 +54,7 @@ def _span(name: str, category: str, pid: int, tid: int, begin: float, us: float,
 def _spans(trace: Trace) -> Iterator[dict]:
     for s in trace.spans:
         begin, args = float(s["begin"]), {"layer": int(s["layer"]), "step": int(s["step"])}
-        for name in ("sum", "input", "ready", "sent"):
+        for name in ("met", "sum", "input", "ready", "first", "sent"):
             if not np.isnan(s[name]):
                 args[f"{name}_us"] = round(float(s[name]) - begin, 4)
         for name in ("tiles", "words", "peers"):
@@ -68,7 +68,7 @@ def _spans(trace: Trace) -> Iterator[dict]:
 def _flows(trace: Trace, step: int, number: int) -> Iterator[dict]:
     """An arrow from each rank's last word of an exchange to every block that took it in later than it was ready."""
     table, layers = trace.table(step), int(trace.shape["num_layers"])
-    out = words_left(table)
+    out = words_left(table, trace.shape)
     for index, (source, target) in enumerate(_pairs(layers)):
         for rank in range(table.shape[0]):
             block = int(np.argmax(out[rank, :, source]))

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, make_engine: Callable) -> int:
     """`make_engine(**more settings)` gives the LLM. Returns the exit code."""
     from imex_persist.model.load import load_model
     from imex_persist.observe.capture import Capture
-    from imex_persist.observe.report import report, request_rows
+    from imex_persist.observe.report import published, report, request_rows
     from imex_persist.observe.ring import ring_events
 
     if args.max_tokens < 2:
@@ -53,7 +53,11 @@ def run(args: argparse.Namespace, make_engine: Callable) -> int:
         requests = request_rows([stream.result], [stream.request.seen_device_ns])
     if not len(trace.spans):
         raise ValueError("no step was traced whole: raise --trace-events")
-    numbers = report(trace, requests=requests, ceiling_gbs=args.ceiling)
+    times_ns = stream.result.metrics.device_time_ns
+    ceiling, source = _ceiling(args.ceiling, llm.group.placement.kind)
+    numbers = report(
+        trace, requests=requests, ceiling_gbs=ceiling, ceiling_source=source, published_us=published(trace, times_ns)
+    )
     step = _picture_step(args, numbers, trace)
     _write(args, trace, step)
     if args.json:
@@ -63,6 +67,20 @@ def run(args: argparse.Namespace, make_engine: Callable) -> int:
 
         show(numbers, title=_title(args, llm))
     return 0
+
+
+def _ceiling(given: float | None, kind: str) -> tuple[float | None, str | None]:
+    """(GB/s, where the figure is from): what --ceiling says, else what is known of this machine's card."""
+    if given is not None or kind != "cuda":
+        return given, "--ceiling" if given else None
+    from imex_persist.front.cards import choose_card
+    from imex_persist.runtime.discover import find_gpus
+
+    gpus = find_gpus()
+    card, _ = choose_card(None, gpus)
+    if not gpus or card.key.upper() not in gpus[0].name.upper().split():
+        return None, None
+    return card.bandwidth_tb_s * 1e3, f"{card.bandwidth_source}, {card.name}"
 
 
 def start_stream(llm, prompt: str, max_tokens: int):

@@ -18,14 +18,20 @@ def exchange_places(num_layers: int) -> list[tuple[int, int]]:
     return [tuple(int(order_of(phase, layer, num_layers)) for phase, layer in pair) for pair in pairs]
 
 
-def words_left(table: np.ndarray) -> np.ndarray:
-    """µs [ranks, blocks, phases of a step] when the last words of a phase had left a block.
+def words_left(table: np.ndarray, shape: np.void) -> np.ndarray:
+    """µs [ranks, blocks, phases of a step] when the last words of a phase had left a block; -inf: it sends none.
 
     An adder's mark where there is one; else the phase's end, as in attention. lm_head's are published by the consumers, who then begin
     `sample`.
     """
     out = np.where(np.isnan(table["sent"]), table["end"], table["sent"])
     out[..., -2] = table["begin"][..., -1]
+    # Blocks that attend to nothing send nothing, unless contexts are cut: then all merge.
+    group = -(-int(shape["num_heads"]) // int(shape["num_kv_heads"]) // 16)  # items of a row and KV head, if uncut
+    attends = (table["phase"] == Phase.ATTENTION) & (table["value"] > 0)
+    uncut = table["value"][..., :1] * int(shape["num_kv_heads"]) * group  # embed's value: the step's rows
+    cut = np.count_nonzero(attends, axis=1, keepdims=True) > uncut
+    out[(table["phase"] == Phase.ATTENTION) & ~attends & ~cut] = -np.inf
     return out
 
 
@@ -39,7 +45,7 @@ def hop_check(trace: Trace) -> dict:
     count = wrong = 0
     for step in trace.steps:
         table = trace.table(step)
-        out = words_left(table)
+        out = words_left(table, trace.shape)
         for target in range(2, num_phases(trace.shape)):
             phase = Phase(int(table["phase"][0, 0, target]))
             if phase in (Phase.ATTENTION, Phase.O_PROJ):

@@ -13,9 +13,10 @@ from imex_persist.observe.ring import EVENT
 EXCHANGED = (Phase.QKV, Phase.GATE_UP, Phase.LM_HEAD, Phase.SAMPLE)  # phases that take in words of all ranks
 
 # One phase of one block in one step. Times in µs of the trace's axis, NaN where the phase has no such moment; waits in µs.
+MOMENTS = "begin met sum input ready end first sent".split()
 SPAN = np.dtype(
     [("step", "i8"), ("rank", "i4"), ("block", "i4"), ("phase", "i4"), ("layer", "i4"), ("order", "i4")]
-    + [(name, "f8") for name in "begin sum input ready end sent words peers tiles".split()]
+    + [(name, "f8") for name in (*MOMENTS, "words", "peers", "tiles")]
     + [("value", "i8")]  # of READY: whether it multiplies, in attention the pages read; embed: rows of the step
 )
 
@@ -98,7 +99,7 @@ def _spans(events: np.ndarray, times: np.ndarray, shape: np.void, ghz: np.ndarra
     out["step"] = e["step"][first].astype(np.int64) - 1
     out["rank"], out["block"] = events["rank"][first], events["block"][first]
     out["phase"], out["layer"], out["order"] = phase[first], layer[first], order[first]
-    for name in ("begin", "sum", "input", "ready", "end", "sent"):
+    for name in MOMENTS:
         out[name] = np.nan
 
     def put(name: str, which: Mark, *, first_wins: bool = False) -> None:
@@ -109,22 +110,24 @@ def _spans(events: np.ndarray, times: np.ndarray, shape: np.void, ghz: np.ndarra
     put("begin", Mark.CLOCK)  # of embed
     put("begin", Mark.BEGIN)
     put("sum", Mark.SUM)
-    put("input", Mark.INPUT, first_wins=True)  # attention takes in words for every item
+    put("met", Mark.MET, first_wins=True)  # attention meets and takes in words for every item
+    put("input", Mark.INPUT, first_wins=True)
     put("ready", Mark.READY)
     put("end", Mark.END)
     sent = mark == Mark.SENT
-    latest = np.full(len(out), -np.inf)
+    clocks = e["value"] / (ghz[events["rank"]] if len(ghz) > 1 else ghz[0]) / 1e3  # in µs, where the value is clocks
+    earliest, latest = np.full(len(out), np.inf), np.full(len(out), -np.inf)  # of both adders
+    np.minimum.at(earliest, inverse[sent], (times - clocks)[sent])
     np.maximum.at(latest, inverse[sent], times[sent])
+    out["first"] = np.where(np.isfinite(earliest), earliest, np.nan)
     out["sent"] = np.where(np.isfinite(latest), latest, np.nan)
-
-    waits = e["value"] / (ghz[events["rank"]] if len(ghz) > 1 else ghz[0]) / 1e3
     many = int(shape["world_size"]) > 1
     from_ranks = np.isin(phase, EXCHANGED) & many
     has_sum = ~np.isnan(out["sum"])[inverse]
     peers = (mark == Mark.SUM) & many | (mark == Mark.INPUT) & from_ranks & ~has_sum
     words = (mark == Mark.SUM) & ~many | (mark == Mark.INPUT) & ~(from_ranks & ~has_sum)
     for name, mine in (("peers", peers), ("words", words), ("tiles", (mark == Mark.END) & (phase != Phase.EMBED))):
-        np.add.at(out[name], inverse[mine], waits[mine])
+        np.add.at(out[name], inverse[mine], clocks[mine])
     valued = (mark == Mark.READY) | (mark == Mark.END) & (phase == Phase.EMBED)
     out["value"][inverse[valued]] = e["value"][valued]
 
