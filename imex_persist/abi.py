@@ -114,7 +114,7 @@ class Mark(enum.IntEnum):
     INPUT = 2  # the words it takes in have arrived; `value`: waited for them, if the first poll did not find them
     READY = 3  # the activations are ready to be multiplied; `value`: 1 if they are, in attention the pages that were read
     END = 4  # the block's last unit of the phase is handed on; `value`: waited for tiles, in embed the rows of the step
-    SUM = 5  # a slice owner has published its sums; `value`: waited for the ranks' words
+    SUM = 5  # a slice owner's first thread has published its sums; `value`: waited for the ranks' words
     SENT = 6  # the adder's last words of the phase have left; `value`: clocks since its first had
     MET = 7  # the block's warps have met: the slowest is done with the phase before, and its activations may be overwritten
 

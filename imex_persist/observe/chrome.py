@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,15 @@ from imex_persist.observe.hops import words_left
 from imex_persist.observe.path import critical_path
 from imex_persist.observe.spans import Trace, order_of
 
+MAX_SPANS = 200_000
 PATH_THREAD = 100_000  # the critical path's own row
 
 
-def chrome_trace(trace: Trace, *, flows: bool = True) -> dict:
-    """{"traceEvents": […], …}; times in µs. Flow arrows go from the last word sent to every block that waited for it."""
-    events = [*_names(trace), *_spans(trace)]
-    for number, step in enumerate(trace.steps):
+def chrome_trace(trace: Trace, steps: list[int] | None = None, *, flows: bool = True) -> dict:
+    """{"traceEvents": […], …} of `steps` (all); times in µs. Flow arrows go from the last word sent to every block that waited for it."""
+    steps = trace.steps if steps is None else steps
+    events = [*_names(trace), *_spans(trace, steps)]
+    for number, step in enumerate(steps):
         path = critical_path(trace, step)
         for s in path.segments:
             args = {"step": step, "layer": s.layer, "rank": s.rank, "block": s.block}
@@ -34,8 +37,16 @@ def chrome_trace(trace: Trace, *, flows: bool = True) -> dict:
     }
 
 
-def write_chrome(trace: Trace, path: str | Path) -> None:
-    Path(path).write_text(json.dumps(chrome_trace(trace), separators=(",", ":"), allow_nan=False))
+def steps_around(trace: Trace, step: int, spans: int = MAX_SPANS) -> list[int]:
+    """`step` and as many beside it as keep a file below so many spans, which viewers can still open."""
+    each = max(1, len(trace.of_step(step)))
+    at, count = trace.steps.index(step), max(1, spans // each)
+    first = max(0, min(at - count // 2, len(trace.steps) - count))
+    return trace.steps[first : first + count]
+
+
+def write_chrome(trace: Trace, path: str | Path, steps: list[int] | None = None) -> None:
+    Path(path).write_text(json.dumps(chrome_trace(trace, steps), separators=(",", ":"), allow_nan=False))
 
 
 def _names(trace: Trace) -> Iterator[dict]:
@@ -47,12 +58,13 @@ def _names(trace: Trace) -> Iterator[dict]:
 
 
 def _span(name: str, category: str, pid: int, tid: int, begin: float, us: float, args: dict) -> dict:
-    times = {"ts": round(begin, 4), "dur": round(max(us, 0.0), 4)}
+    start = round(begin, 3)  # both ends to the ns, so that what follows each other does not overlap
+    times = {"ts": start, "dur": round(max(round(begin + us, 3) - start, 0.0), 3)}
     return {"ph": "X", "name": name, "cat": category, "pid": pid, "tid": tid, **times, "args": args}
 
 
-def _spans(trace: Trace) -> Iterator[dict]:
-    for s in trace.spans:
+def _spans(trace: Trace, steps: list[int]) -> Iterator[dict]:
+    for s in trace.spans[np.isin(trace.spans["step"], steps)]:
         begin, args = float(s["begin"]), {"layer": int(s["layer"]), "step": int(s["step"])}
         for name in ("met", "sum", "input", "ready", "first", "sent"):
             if not np.isnan(s[name]):
@@ -73,6 +85,8 @@ def _flows(trace: Trace, step: int, number: int) -> Iterator[dict]:
         for rank in range(table.shape[0]):
             block = int(np.argmax(out[rank, :, source]))
             left = float(out[rank, block, source])
+            if not np.isfinite(left):
+                continue
             own_rank_only = table["phase"][0, 0, target] in (Phase.ATTENTION, Phase.O_PROJ, Phase.DOWN_PROJ)
             for to_rank in (rank,) if own_rank_only else range(table.shape[0]):
                 for to_block in range(table.shape[1]):
@@ -83,12 +97,13 @@ def _flows(trace: Trace, step: int, number: int) -> Iterator[dict]:
                     key = ((number * len(table) + rank) * 8 * layers + index) * 4096 + to_rank * 512 + to_block
                     common = {"name": "words", "cat": "words", "id": key}
                     at = min(left, float(table["end"][rank, block, source]))  # inside the span, where viewers want it
-                    yield {"ph": "s", "pid": rank, "tid": block, "ts": round(at, 4), **common}
-                    yield {"ph": "f", "bp": "e", "pid": to_rank, "tid": to_block, "ts": round(seen, 4), **common}
+                    yield {"ph": "s", "pid": rank, "tid": block, "ts": round(at, 3), **common}
+                    yield {"ph": "f", "bp": "e", "pid": to_rank, "tid": to_block, "ts": round(seen, 3), **common}
 
 
 def _pairs(layers: int) -> list[tuple[int, int]]:
-    """(sending, receiving) places of a step, for all phases but lm_head's words, which leave between spans."""
+    """(sending, receiving) places of a step."""
     chain = [Phase.QKV, Phase.ATTENTION, Phase.O_PROJ, Phase.GATE_UP, Phase.DOWN_PROJ]
     places = [int(order_of(phase, layer, layers)) for layer in range(layers) for phase in chain]
-    return list(zip(places, [*places[1:], int(order_of(Phase.LM_HEAD, layers, layers))], strict=True))
+    places += [int(order_of(phase, layers, layers)) for phase in (Phase.LM_HEAD, Phase.SAMPLE)]
+    return list(pairwise(places))

@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from imex_persist.log import log
+
 DEFAULT_PROMPT = "What is the capital of France?"
 DEFAULT_TOKENS = 32
 PROMPT_STEPS = 16  # that the rings hold beside the tokens', if they may be so large
@@ -23,6 +25,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, default=DEFAULT_TOKENS, metavar="N", help="tokens to generate (default %(default)s)")
     add("--ceiling", type=float, metavar="GB/S", help="memory bandwidth of a GPU, to set the achieved beside")
     add("--step", type=int, metavar="N", help="the step of the pictures (default: the typical one)")
+    add("--layers", metavar="A-B", help="of them, layers A to B in the picture of --svg (default: all)")
     add("--json", action="store_true", help="print one JSON object with the same numbers")
     add("--out", metavar="FILE", help="write Chrome trace JSON, for ui.perfetto.dev")
     add("--html", metavar="FILE", help="write a page of one step, with zoom; it needs no network")
@@ -40,6 +43,7 @@ def run(args: argparse.Namespace, make_engine: Callable) -> int:
         raise ValueError(f"--max-tokens is {args.max_tokens}: at least 2 are needed to time what lies between tokens")
     if args.ceiling is not None and args.ceiling <= 0:
         raise ValueError(f"--ceiling is {args.ceiling}: a positive number of GB/s is allowed")
+    args.layers = _layers(args.layers)
     events = args.trace_events
     if not events:
         config = load_model(args.model, args.load_format, seed=args.seed, tokenizer=False).config
@@ -127,18 +131,30 @@ def _picture_step(args: argparse.Namespace, numbers: dict, trace) -> int:
     return args.step
 
 
+def _layers(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
+        raise ValueError(f"--layers is {text!r}: a layer or two joined by a hyphen are allowed, for example 3-5")
+    return int(first), int(last or first)
+
+
 def _write(args: argparse.Namespace, trace, step: int) -> None:
     if args.out:
-        from imex_persist.observe.chrome import write_chrome
+        from imex_persist.observe.chrome import steps_around, write_chrome
 
-        write_chrome(trace, args.out)
+        steps = steps_around(trace, step)
+        write_chrome(trace, args.out, steps)
+        if len(steps) < len(trace.steps):
+            log(f"{args.out} holds steps {steps[0]} to {steps[-1]} of {len(trace.steps)}, as many as viewers open")
     if args.html or args.svg:
         from imex_persist.observe import picture
 
         if args.html:
             picture.write_html(trace, step, args.html)
         if args.svg:
-            picture.write_svg(trace, step, args.svg)
+            picture.write_svg(trace, step, args.svg, args.layers)
 
 
 def _title(args: argparse.Namespace, llm) -> str:

@@ -126,8 +126,8 @@ def _where(console: Console, r: dict) -> None:
     out.add_row("all", us(total), "100.0%", *(us(c["kinds_us"][kind]) for kind in kinds), style="bold")
     out.add_row("", "", "", *(f"{c['kinds_us'][kind] / total:.1%}" for kind in kinds), style="bold")
     console.print(out)
-    note(console, "tile wait: for memory. own warps: for the block's slowest warp. hop: from a word's")
-    note(console, "leaving, or its reader being ready for it, to its being read.\n")
+    note(console, "tile wait: for memory. own warps: for the block's slowest warp.")
+    note(console, "hop: from a word's leaving, or its reader's being ready, to its being read.\n")
 
 
 def _phases(console: Console, r: dict) -> None:
@@ -156,7 +156,7 @@ def _exchanges(console: Console, r: dict) -> None:
         values = [us(late["p50"]), us(late["max"]), us(seen["p50"]), us(seen["p90"]), us(seen["max"])]
         out.add_row(str(e["rank"]), f"{e['arrived_last']} ({share:.0%})", *(values if e["arrived_last"] else ["-"] * 5))
     console.print(out)
-    note(console, "-: nobody ever waited for this rank's words.\n")
+    note(console, "seen: of exchanges in which that rank was last; of others nobody waited for it.\n")
 
 
 def _requests(console: Console, r: dict) -> None:

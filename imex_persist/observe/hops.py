@@ -51,12 +51,7 @@ def hop_check(trace: Trace) -> dict:
             if phase in (Phase.ATTENTION, Phase.O_PROJ):
                 continue
             left = out[..., target - 1].max(axis=1)
-            owners = table["sum"][..., target]
-            if np.isnan(owners).any():
-                seen = table["input"][..., target]
-                seen = np.where(np.isnan(seen), np.inf, seen).min(axis=1)
-            else:
-                seen = owners.max(axis=1)  # an owner waits for its slice's words: only the last had all
+            seen = table["input"][..., target].min(axis=1)  # also where slice owners stand between: all words are in it
             for rank in range(len(left)):
                 last = int(np.argmax(left)) if phase in EXCHANGED else rank
                 hop = float(seen[rank] - left[last])

@@ -1,4 +1,4 @@
-"""What people read: plain in a pipe, 80 columns, every number that --json has a place for, and the answer to "why was this step longer?"."""
+"""What people read: plain in a pipe, 80 columns, --json's numbers, and the answer to "why was this step longer?"."""
 
 from __future__ import annotations
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import lru_cache
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ import pytest
 from imex_persist import abi
 from imex_persist.abi import Phase
 from imex_persist.model.packing import rank_bytes
-from imex_persist.observe import chrome, picture
 from imex_persist.observe.clocks import SharedClock
 from imex_persist.observe.path import critical_path
 from imex_persist.observe.report import decode_steps, distribution, phase_bytes, report
@@ -123,30 +120,6 @@ def test_a_kernel_without_tracing_is_refused():
     shape["trace"] = 0
     with pytest.raises(ValueError, match="without tracing"):
         RingReader(b"", shape)
-
-
-def test_chrome_json():
-    trace = trace_of(traced())
-    events = json.loads(json.dumps(chrome.chrome_trace(trace)))["traceEvents"]
-    spans = [e for e in events if e["ph"] == "X" and e["cat"] == "phase"]
-    assert len(spans) == len(trace.spans)
-    assert {e["name"] for e in spans} == {p.name.lower() for p in Phase}
-    assert {e["pid"] for e in spans} == {0, 1} and {e["tid"] for e in spans} == {0, 1, 2, 3}
-    starts, ends = ({e["id"]: e for e in events if e["ph"] == kind} for kind in "sf")
-    assert starts.keys() == ends.keys() and starts
-    assert all(starts[key]["ts"] <= ends[key]["ts"] for key in starts)
-    assert any(starts[key]["pid"] != ends[key]["pid"] for key in starts)
-
-
-def test_pictures(tmp_path):
-    trace = trace_of(traced())
-    tree = ElementTree.fromstring(picture.svg(trace, 3))
-    assert tree.tag.endswith("svg")
-    picture.write_html(trace, 3, tmp_path / "step.html")
-    text = (tmp_path / "step.html").read_text()
-    assert "http" not in text and "src=" not in text  # nothing from elsewhere
-    data = picture.page_data(trace, 3)
-    assert len(data["rows"]) == 8 and data["us"] == pytest.approx(critical_path(trace, 3).us)
 
 
 def test_distribution():
