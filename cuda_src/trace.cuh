@@ -56,7 +56,7 @@ DEV void mark_sent(Block& b, int adder, Sent& words, const UnitNote& note, bool 
 // Every SM has a clock of its own. So before some steps each rank's block 0 asks every other block of its rank, and rank 0's the block
 // 0 of every other rank, for its clock: a word there and a word back, kAlignRounds times. The answer's clock was read between question
 // and reply, so it is one of the asker's clocks in between: the middle of the shortest round trip is off by half of it at most, whatever
-// each way costs. observe/clocks.py makes the axis of it. All partners are asked at once, a thread each; nobody else does anything then.
+// each way costs. observe/clocks.py makes the axis of it. All partners are asked at once, a thread each; the other consumers wait.
 // Words: each partner's question in its own memory, its answer in the asker's, epochs by round. One buffer each is enough: a question
 // is asked when the one before has been answered, and an answer given when the question, which follows the answer before, is there.
 DEV int num_partners() { return shape().num_blocks + shape().world_size; }  // blocks of the own rank, then ranks

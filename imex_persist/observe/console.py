@@ -184,12 +184,10 @@ def _why(console: Console, r: dict) -> None:
         question = f"Why was step {slow['step']} {us(slow['us'])} and not {us(typical['us'])} like step {typical['step']}?"
         heading(console, question)
         for row in [w for w in c["why_slower"] if w["more_us"] > 0.05 * more][:3]:
-            console.print(
-                f"  +{us(row['more_us'])} in {row['phase']}, {KIND_TEXT[row['kind']]} ({us(row['us'])}, not {us(row['typical_us'])})"
-            )
-        for w in c["who_slower"][:1]:
-            where = f"rank {w['rank']} block {w['block']}, {w['phase']}, {KIND_TEXT[w['kind']]}"
-            console.print(f"  most of it at {where}: +{us(w['more_us'])}")
+            what = f"{row['phase']}, {KIND_TEXT[row['kind']]}"
+            console.print(f"  +{us(row['more_us'])} in {what} ({us(row['us'])}, not {us(row['typical_us'])})")
+            if at := row["longest"]:
+                console.print(f"    longest at rank {at['rank']} block {at['block']} in layer {at['layer']}: {us(at['us'])}")
         console.print()
     heading(console, "Blocks that hold a mean step longer than is usual:")
     for s in c["suspects"]:

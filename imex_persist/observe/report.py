@@ -176,14 +176,21 @@ def path_json(path: Path) -> dict:
     }  # fmt: skip
 
 
-def comparison(slow: Path, typical: Path, *keys: str) -> list[dict]:
-    """Where `slow` spent more than `typical`: by these fields of its segments, the largest difference first."""
-    a, b = slow.total(*keys), typical.total(*keys)
+def comparison(slow: Path, typical: Path) -> list[dict]:
+    """Where `slow` spent more than `typical`: by phase and kind, the largest difference first, with the longest piece of it."""
+    a, b = slow.total("phase", "kind"), typical.total("phase", "kind")
     rows = []
-    for values in sorted(a.keys() | b.keys()):
-        row = dict(zip(keys, values, strict=True))
-        rows.append({**row, "phase": name_of(row["phase"]), "us": a.get(values, 0.0), "typical_us": b.get(values, 0.0)})
-    return sorted(({**r, "more_us": r["us"] - r["typical_us"]} for r in rows), key=lambda r: -r["more_us"])
+    for phase, kind in sorted(a.keys() | b.keys()):
+        mine = [s for s in slow.segments if (s.phase, s.kind) == (phase, kind)]
+        longest = max(mine, key=lambda s: s.us, default=None)
+        us, typical_us = a.get((phase, kind), 0.0), b.get((phase, kind), 0.0)
+        rows.append(
+            {
+                "phase": name_of(phase), "kind": kind, "us": us, "typical_us": typical_us, "more_us": us - typical_us,
+                "longest": longest and {"rank": longest.rank, "block": longest.block, "layer": longest.layer, "us": longest.us},
+            }
+        )  # fmt: skip
+    return sorted(rows, key=lambda r: -r["more_us"])
 
 
 def suspect_rows(paths: list[Path], trace: Trace, count: int = 3) -> list[dict]:
@@ -284,8 +291,7 @@ def report(
             "typical": path_json(typical),
             "slowest": path_json(slow),
             "chain": chain(typical),
-            "why_slower": comparison(slow, typical, "phase", "kind"),
-            "who_slower": comparison(slow, typical, "phase", "kind", "rank", "block")[:3],
+            "why_slower": comparison(slow, typical),
             "suspects": suspect_rows(paths, trace),
         }
     return out

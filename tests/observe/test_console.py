@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -96,3 +97,18 @@ def test_the_live_view():
     for wanted in ("token 5 of 8", "tokens/s", "step now", "p50", "p99", "critical path", "holds"):
         assert wanted in text
     assert len(view.steps_us) == len(trace.steps) and max(map(len, text.splitlines())) <= 80
+
+
+def test_what_the_slow_step_did_differently():
+    """One block late in one step only: the question and its answer stand in the console."""
+    kernel = run()
+    trace = trace_of(kernel)
+    spans = trace.spans.copy()
+    late = (spans["step"] == 4) & (spans["rank"] == 0) & (spans["block"] == 0) & (spans["phase"] == 7)
+    spans["end"][late] += 25.0  # of `sample`, which ends the step
+    r = report(replace(trace, spans=spans, _tables={}))
+    assert r["critical_path"]["slowest"]["step"] == 4
+    first = r["critical_path"]["why_slower"][0]
+    assert (first["phase"], first["kind"]) == ("sample", "compute") and first["more_us"] == pytest.approx(25.0, abs=0.5)
+    text = shown(r, io.StringIO())
+    assert "Why was step 4 " in text and "in sample, compute" in text and "longest at rank 0 block 0" in text
