@@ -16,7 +16,7 @@ from imex_persist.observe.path import critical_path
 from imex_persist.observe.spans import Trace, order_of
 
 MAX_SPANS = 200_000
-PATH_THREAD = 100_000  # the critical path's own row
+PATH_THREAD = 100_000  # the critical paths' own rows, in turn: a step may begin in one block before it ends in another
 
 
 def chrome_trace(trace: Trace, steps: list[int] | None = None, *, flows: bool = True) -> dict:
@@ -27,7 +27,7 @@ def chrome_trace(trace: Trace, steps: list[int] | None = None, *, flows: bool = 
         path = critical_path(trace, step)
         for s in path.segments:
             args = {"step": step, "layer": s.layer, "rank": s.rank, "block": s.block}
-            events.append(_span(f"{s.phase.name.lower()} {s.kind}", "path", 0, PATH_THREAD, s.begin_us, s.us, args))
+            events.append(_span(f"{s.phase.name.lower()} {s.kind}", "path", 0, PATH_THREAD + number % 2, s.begin_us, s.us, args))
         if flows:
             events += _flows(trace, step, number)
     return {
@@ -54,7 +54,8 @@ def _names(trace: Trace) -> Iterator[dict]:
         yield {"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}}
         for block in range(int(trace.shape["num_blocks"])):
             yield {"ph": "M", "name": "thread_name", "pid": rank, "tid": block, "args": {"name": f"block {block}"}}
-    yield {"ph": "M", "name": "thread_name", "pid": 0, "tid": PATH_THREAD, "args": {"name": "critical path"}}
+    for turn in range(2):
+        yield {"ph": "M", "name": "thread_name", "pid": 0, "tid": PATH_THREAD + turn, "args": {"name": "critical path"}}
 
 
 def _span(name: str, category: str, pid: int, tid: int, begin: float, us: float, args: dict) -> dict:

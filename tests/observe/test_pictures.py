@@ -48,7 +48,7 @@ def test_spans_of_a_thread_do_not_overlap():
     for e in events():
         if e["ph"] == "X":
             threads[e["pid"], e["tid"]].append((e["ts"], round(e["ts"] + e["dur"], 3)))
-    assert len(threads) == 2 * 4 + 1
+    assert len(threads) == 2 * 4 + 2
     for spans in threads.values():
         spans.sort()
         assert all(a[1] <= b[0] for a, b in pairwise(spans))
