@@ -13,9 +13,11 @@ import numpy as np
 from imex_persist.abi import Phase
 from imex_persist.observe.hops import words_left
 from imex_persist.observe.path import critical_path
-from imex_persist.observe.spans import Trace, order_of
+from imex_persist.observe.spans import EXCHANGED, Trace, order_of
 
-MAX_SPANS = 200_000
+INSIDE = ("met", "sum", "input", "ready", "first", "sent")  # moments of a span, from its begin
+WAITS = ("tiles", "words", "peers")
+MAX_SPANS = 100_000
 PATH_THREAD = 100_000  # the critical paths' own rows, in turn: a step may begin in one block before it ends in another
 
 
@@ -27,7 +29,9 @@ def chrome_trace(trace: Trace, steps: list[int] | None = None, *, flows: bool = 
         path = critical_path(trace, step)
         for s in path.segments:
             args = {"step": step, "layer": s.layer, "rank": s.rank, "block": s.block}
-            events.append(_span(f"{s.phase.name.lower()} {s.kind}", "path", 0, PATH_THREAD + number % 2, s.begin_us, s.us, args))
+            events.append(
+                _span(f"{s.phase.name.lower()} {s.kind}", "path", 0, PATH_THREAD + number % 2, s.begin_us, s.us, args)
+            )
         if flows:
             events += _flows(trace, step, number)
     return {
@@ -65,41 +69,33 @@ def _span(name: str, category: str, pid: int, tid: int, begin: float, us: float,
 
 
 def _spans(trace: Trace, steps: list[int]) -> Iterator[dict]:
-    for s in trace.spans[np.isin(trace.spans["step"], steps)]:
-        begin, args = float(s["begin"]), {"layer": int(s["layer"]), "step": int(s["step"])}
-        for name in ("met", "sum", "input", "ready", "first", "sent"):
-            if not np.isnan(s[name]):
-                args[f"{name}_us"] = round(float(s[name]) - begin, 4)
-        for name in ("tiles", "words", "peers"):
-            if s[name] > 0:
-                args[f"wait_{name}_us"] = round(float(s[name]), 4)
-        yield _span(
-            Phase(int(s["phase"])).name.lower(), "phase", int(s["rank"]), int(s["block"]), begin, float(s["end"]) - begin, args
-        )
+    chosen = trace.spans[np.isin(trace.spans["step"], steps)]
+    for values in chosen.tolist():
+        s = dict(zip(chosen.dtype.names, values, strict=True))
+        begin, args = s["begin"], {"layer": s["layer"], "step": s["step"]}
+        args |= {f"{name}_us": round(s[name] - begin, 3) for name in INSIDE if s[name] == s[name]}  # those that are not NaN
+        args |= {f"wait_{name}_us": round(s[name], 3) for name in WAITS if s[name] > 0}
+        yield _span(Phase(s["phase"]).name.lower(), "phase", s["rank"], s["block"], begin, s["end"] - begin, args)
 
 
 def _flows(trace: Trace, step: int, number: int) -> Iterator[dict]:
-    """An arrow from each rank's last word of an exchange to every block that took it in later than it was ready."""
+    """An arrow from each rank's last word of a phase to every block that took it in later than it was ready."""
     table, layers = trace.table(step), int(trace.shape["num_layers"])
-    out = words_left(table, trace.shape)
+    out, ready = words_left(table, trace.shape), np.where(np.isnan(table["met"]), table["begin"], table["met"])
     for index, (source, target) in enumerate(_pairs(layers)):
         for rank in range(table.shape[0]):
             block = int(np.argmax(out[rank, :, source]))
             left = float(out[rank, block, source])
-            if not np.isfinite(left):
-                continue
-            own_rank_only = table["phase"][0, 0, target] in (Phase.ATTENTION, Phase.O_PROJ, Phase.DOWN_PROJ)
-            for to_rank in (rank,) if own_rank_only else range(table.shape[0]):
-                for to_block in range(table.shape[1]):
-                    span = table[to_rank, to_block, target]
-                    seen = float(span["input"])
-                    if np.isnan(seen) or not float(span["begin"]) < left <= seen:
-                        continue
-                    key = ((number * len(table) + rank) * 8 * layers + index) * 4096 + to_rank * 512 + to_block
-                    common = {"name": "words", "cat": "words", "id": key}
-                    at = min(left, float(table["end"][rank, block, source]))  # inside the span, where viewers want it
-                    yield {"ph": "s", "pid": rank, "tid": block, "ts": round(at, 3), **common}
-                    yield {"ph": "f", "bp": "e", "pid": to_rank, "tid": to_block, "ts": round(seen, 3), **common}
+            at = min(left, float(table["end"][rank, block, source]))  # inside the span, where viewers want it
+            waited = (ready[..., target] < left) & (left <= table["input"][..., target])
+            if Phase(int(table["phase"][0, 0, target])) not in EXCHANGED:
+                waited[np.arange(table.shape[0]) != rank] = False
+            for to_rank, to_block in np.argwhere(waited).tolist():
+                key = ((number * len(table) + rank) * 8 * (layers + 1) + index) * 4096 + to_rank * 512 + to_block
+                common = {"name": "words", "cat": "words", "id": key}
+                seen = float(table["input"][to_rank, to_block, target])
+                yield {"ph": "s", "pid": rank, "tid": block, "ts": round(at, 3), **common}
+                yield {"ph": "f", "bp": "e", "pid": to_rank, "tid": to_block, "ts": round(seen, 3), **common}
 
 
 def _pairs(layers: int) -> list[tuple[int, int]]:

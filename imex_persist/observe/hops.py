@@ -21,17 +21,19 @@ def exchange_places(num_layers: int) -> list[tuple[int, int]]:
 def words_left(table: np.ndarray, shape: np.void) -> np.ndarray:
     """µs [ranks, blocks, phases of a step] when the last words of a phase had left a block; -inf: it sends none.
 
-    An adder's mark where there is one; else the phase's end, as in attention. lm_head's are published by the consumers, who then begin
-    `sample`.
+    The matrices' words are sent by adders, whose mark is missing where a block had no unit; attention's by the end of the phase; lm_head's
+    by the consumers, who then begin `sample`.
     """
-    out = np.where(np.isnan(table["sent"]), table["end"], table["sent"])
+    out = np.where(np.isnan(table["sent"]), -np.inf, table["sent"])
+    attention = table["phase"] == Phase.ATTENTION
+    out[attention] = table["end"][attention]
     out[..., -2] = table["begin"][..., -1]
     # Blocks that attend to nothing send nothing, unless contexts are cut: then all merge.
     group = -(-int(shape["num_heads"]) // int(shape["num_kv_heads"]) // 16)  # items of a row and KV head, if uncut
-    attends = (table["phase"] == Phase.ATTENTION) & (table["value"] > 0)
+    attends = attention & (table["value"] > 0)
     uncut = table["value"][..., :1] * int(shape["num_kv_heads"]) * group  # embed's value: the step's rows
     cut = np.count_nonzero(attends, axis=1, keepdims=True) > uncut
-    out[(table["phase"] == Phase.ATTENTION) & ~attends & ~cut] = -np.inf
+    out[attention & ~attends & ~cut] = -np.inf
     return out
 
 
