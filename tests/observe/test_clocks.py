@@ -160,3 +160,23 @@ def test_a_second_request_is_aligned_before_its_first_step():
     _, alignments, _ = run(world=1, trace_every=5, requests=[{"prompt": [1, 2], "max_tokens": 40}]).fetch()
     steps = np.unique(alignments["step"])
     assert np.all(steps % 5 == 0) and len(steps) > 1
+
+
+@pytest.mark.parametrize(
+    ("lanes", "seed"),
+    [
+        pytest.param(lanes, seed, marks=[pytest.mark.full] * (seed >= {1: 4, 32: 1}[lanes]))
+        for lanes in (1, 32)
+        for seed in range(12)
+    ],
+)
+def test_answers_lie_between_question_and_reply_in_every_schedule(seed, lanes):
+    """Stores held back, blocks standing still: trips get longer, never wrong, and tracing changes no token."""
+    options = {"seed": seed, "mode": ("random", "pct")[seed % 2], "delay": True, "stalls": seed % 3 == 0, "preempt": 50}
+    kernel = run(lanes=lanes, trace=8192, requests=[{"prompt": [5, 9, 2], "max_tokens": 10}], device_options=options)
+    assert kernel.tokens[0] == traced().tokens[0][:10]
+    _, alignments, _ = kernel.fetch()
+    steps = np.unique(alignments["step"])
+    assert len(steps) > 2 and len(alignments) == len(steps) * (WORLD * (BLOCKS - 1) + WORLD - 1)
+    assert np.all(alignments["asked"] <= alignments["answer"])
+    assert np.all(alignments["answer"] <= alignments["asked"] + alignments["trip"])
