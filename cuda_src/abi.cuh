@@ -22,6 +22,9 @@ constexpr int kMaxHeadDim = 128;
 constexpr int kConsumerWarps = 8;
 constexpr int kAdderWarps = 2;
 constexpr int kTraceWriters = 3;
+constexpr int kAlignRounds = 4;
+constexpr int kAlignEvery = 4;
+constexpr int kAlignSlots = 64;
 constexpr int kNumWarps = 12;
 constexpr int kPartSlots = 4;
 constexpr int kMaxStopIds = 16;
@@ -33,6 +36,7 @@ constexpr int kDescriptorSlots = 64;
 constexpr int kRecordSlots = 1024;
 constexpr unsigned int kTokenFromRow = 2147483648u;
 constexpr unsigned int kRowSamples = 2147483648u;
+constexpr unsigned int kPlanAligns = 2147483648u;
 constexpr unsigned int kDescriptorMagic = 1229800792u;
 
 // The phases of a decode step: a file in cuda_src/phases, a reference function, a test, a trace span.
@@ -99,6 +103,7 @@ enum class Mark : unsigned int {
   kEnd = 4,
   kSum = 5,
   kSent = 6,
+  kMet = 7,
 };
 
 struct Shape {
@@ -136,6 +141,7 @@ struct Shape {
   unsigned int off_down_part;
   unsigned int off_down_sum;
   unsigned int off_best;
+  unsigned int off_align;
   unsigned int off_abort;
   unsigned int symmetric_words;
   unsigned int smem_x;
@@ -150,7 +156,7 @@ struct Shape {
   unsigned int trace;
   unsigned int trace_every;
 };
-static_assert(sizeof(Shape) == 188);
+static_assert(sizeof(Shape) == 192);
 IMEX_OFFSET(Shape, hidden_size, 0);
 IMEX_OFFSET(Shape, num_layers, 4);
 IMEX_OFFSET(Shape, num_heads, 8);
@@ -185,19 +191,20 @@ IMEX_OFFSET(Shape, off_gate, 120);
 IMEX_OFFSET(Shape, off_down_part, 124);
 IMEX_OFFSET(Shape, off_down_sum, 128);
 IMEX_OFFSET(Shape, off_best, 132);
-IMEX_OFFSET(Shape, off_abort, 136);
-IMEX_OFFSET(Shape, symmetric_words, 140);
-IMEX_OFFSET(Shape, smem_x, 144);
-IMEX_OFFSET(Shape, smem_part, 148);
-IMEX_OFFSET(Shape, smem_residual, 152);
-IMEX_OFFSET(Shape, smem_rope, 156);
-IMEX_OFFSET(Shape, smem_ring, 160);
-IMEX_OFFSET(Shape, smem_bytes, 164);
-IMEX_OFFSET(Shape, tap, 168);
-IMEX_OFFSET(Shape, only_phase, 172);
-IMEX_OFFSET(Shape, only_layer, 176);
-IMEX_OFFSET(Shape, trace, 180);
-IMEX_OFFSET(Shape, trace_every, 184);
+IMEX_OFFSET(Shape, off_align, 136);
+IMEX_OFFSET(Shape, off_abort, 140);
+IMEX_OFFSET(Shape, symmetric_words, 144);
+IMEX_OFFSET(Shape, smem_x, 148);
+IMEX_OFFSET(Shape, smem_part, 152);
+IMEX_OFFSET(Shape, smem_residual, 156);
+IMEX_OFFSET(Shape, smem_rope, 160);
+IMEX_OFFSET(Shape, smem_ring, 164);
+IMEX_OFFSET(Shape, smem_bytes, 168);
+IMEX_OFFSET(Shape, tap, 172);
+IMEX_OFFSET(Shape, only_phase, 176);
+IMEX_OFFSET(Shape, only_layer, 180);
+IMEX_OFFSET(Shape, trace, 184);
+IMEX_OFFSET(Shape, trace_every, 188);
 
 struct RankParams {
   unsigned long long qkv;

@@ -43,7 +43,7 @@ struct Shared {
   u32 plan[kMaxPlanWords];
   u32 num_rows, num_sampling, command;
   Row rows[kMaxRows];
-  u32 tokens[2][kMaxRows];  // by step parity: what the step sampled
+  u32 tokens[2][kMaxRows];                       // by step parity: what the step sampled
   float norm_sums[2][kMaxRows][kConsumerWarps];  // sums of squares, see norm.cuh
   float row_scales[kAdderWarps][kMaxRows];       // each adder's own
   u64 best[kMaxRows][kConsumerWarps];
@@ -85,9 +85,9 @@ struct Block {
   int thread;  // consumers: 0 .. kConsumerThreads - 1
   u32 step;
   RingCursor ring;
-  u32 num_events, tile_clocks;  // trace.cuh
-  u32 num_units;                // units this warp has handed to the adders: names the part slot and the adder
-  u32 num_lm_heads;             // steps that had logits
+  u32 num_events, num_aligns, tile_clocks;  // trace.cuh
+  u32 num_units;                            // units this warp has handed to the adders: names the part slot and the adder
+  u32 num_lm_heads;                         // steps that had logits
 };
 
 DEV int num_rows(const Block& b) { return shape().max_rows == 1 ? 1 : (int)b.shared->num_rows; }

@@ -105,8 +105,8 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
   gather(
       b, epoch, divide_up(total, kConsumerThreads) * sources,
       [&](int i) {
-        return own_words(
-            b, x.part_offset + (i % sources * shape().max_rows + at(i) / owned) * part_width() + part_index(2 * (begin + at(i) % owned)));
+        return own_words(b, x.part_offset + (i % sources * shape().max_rows + at(i) / owned) * part_width() +
+                                part_index(2 * (begin + at(i) % owned)));
       },
       [&](int i) { return (u32)(i % sources) / x.slices; },
       [&](int i, u32 first, u32 second) {
@@ -128,6 +128,7 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
 // every row, with their sums of squares; times the norm's weights if the phase multiplies. All consumers; false when the block must leave.
 DEV bool receive(Block& b, Exchange x, u32 epoch, Phase phase, bool multiplies) {
   consumer_sync();  // the phase before has read the activations
+  mark(b, Mark::kMet);
   const bool weighs = multiplies && open_norm(b);
   const int rows = num_rows(b);
   float squares = 0.f;  // of the last row; no other warp is kept waiting for their sum

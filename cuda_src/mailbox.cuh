@@ -55,6 +55,7 @@ struct MailboxWarp {
   u32 tickets;
   u32 heartbeat;  // the host's, and when it last changed
   u64 heard_ns;
+  u32 next_align;  // trace.cuh
 };
 
 DEV u32* arena_of(const MailboxWarp& m) { return (u32*)(m.host + 1); }
@@ -191,9 +192,11 @@ DEV void publish_plan(MailboxWarp& m, u32 rows, Command command) {
       store_words(to + 2, where, page, epoch);
     }
   }
-  if (m.lane == 0)
+  if (m.lane == 0) {
+    const u32 aligns = rows && plan_aligns(step, m.published == m.done, m.next_align) ? kPlanAligns : 0;
     ROLLED for (u32 rank = 0; rank < shape().world_size; rank++)
-      store_words((u64*)m.params->peers[rank] + plan_offset(step), rows | (u32)command << 16, m.state->num_sampling, epoch);
+      store_words((u64*)m.params->peers[rank] + plan_offset(step), rows | (u32)command << 16, m.state->num_sampling | aligns, epoch);
+  }
   m.published++;
 }
 // Lane 0 hands the tokens of step m.done to the host and ends what ends.

@@ -27,7 +27,7 @@ DEV bool begin_step(Block& b) {
   if (b.thread == 0) {
     s.num_rows = s.plan[0] & 0xffff;
     s.command = s.plan[0] >> 16;
-    s.num_sampling = s.plan[1];
+    s.num_sampling = shape().trace ? s.plan[1] & ~kPlanAligns : s.plan[1];
   }
   const int rows = s.plan[0] & 0xffff;
   ROLLED for (int r = b.thread; r < rows; r += kConsumerThreads) {
@@ -50,7 +50,8 @@ DEV bool begin_step(Block& b) {
   }
   consumer_sync();
   if (b.thread == 0) mbar_arrive(&s.step_begin);
-  mark_clock(b, timer_ns());
+  if (!align_clocks(b)) return false;
+  mark_clock(b);
   take_word_clocks(b);  // waiting for a plan is no part of the step
   return true;
 }

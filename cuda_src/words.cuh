@@ -1,7 +1,7 @@
 // Tagged words: how activations cross blocks and ranks. A value and its epoch are one 64-bit store, so whoever sees the epoch it
 // expects has the value: no fence, no flag. Nothing else becomes visible by it; what is not in the word needs a fence (kv.cuh).
 #pragma once
-#include "block.cuh"
+#include "trace.cuh"
 
 namespace imex {
 
@@ -26,6 +26,7 @@ DEV bool gather_activations(Block& b, u32 epoch, const u64* words, int row_strid
   const int pairs = count / 2, rows = num_rows(b);
   const int total = rows * pairs, mine = divide_up(total, kConsumerThreads);
   consumer_sync();  // the phase before has read what stood there
+  mark(b, Mark::kMet);
   gather(
       b, epoch, mine,
       [&](int i) {

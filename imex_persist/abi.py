@@ -25,6 +25,9 @@ MAX_HEAD_DIM = 128
 CONSUMER_WARPS = 8  # warps 0-7 multiply
 ADDER_WARPS = 2  # warps 8 and 9 add the consumers' partial sums and send the results off
 TRACE_WRITERS = 1 + ADDER_WARPS  # rings of a block: its consumers', its adders'
+ALIGN_ROUNDS = 4  # round trips of an alignment of clocks, of which the shortest counts
+ALIGN_EVERY = 4  # traced steps between two alignments, unless the kernel was idle
+ALIGN_SLOTS = 64  # alignments that a rank's trace remembers
 NUM_WARPS = 12  # warp 10 streams, warp 11 is the mailbox
 PART_SLOTS = 4  # units whose partial sums may be in flight between consumers and adders; a multiple of ADDER_WARPS
 MAX_STOP_IDS = 16  # token ids that end a request, EOS among them
@@ -36,6 +39,7 @@ DESCRIPTOR_SLOTS = 64  # entries of the descriptor ring
 RECORD_SLOTS = 1024  # entries of the record ring
 TOKEN_FROM_ROW = 0x80000000  # plan: the token is what row (value & 0xff) of the previous step sampled
 ROW_SAMPLES = 0x80000000  # plan: this row's logits are sampled (set in the slot word)
+PLAN_ALIGNS = 0x80000000  # plan: clocks are aligned before this step (set in the header's second word; trace.cuh)
 DESCRIPTOR_MAGIC = 0x494D4558  # "IMEX", folded into every descriptor's check word
 
 
@@ -110,8 +114,9 @@ class Mark(enum.IntEnum):
     INPUT = 2  # the words it takes in have arrived; `value`: waited for them, if the first poll did not find them
     READY = 3  # the activations are ready to be multiplied; `value`: 1 if they are, in attention the pages that were read
     END = 4  # the block's last unit of the phase is handed on; `value`: waited for tiles, in embed the rows of the step
-    SUM = 5  # a slice owner has published its sums; `value`: waited for the ranks' words
-    SENT = 6  # the adder's last words of the phase have left; `value`: the unit
+    SUM = 5  # a slice owner's first thread has published its sums; `value`: waited for the ranks' words
+    SENT = 6  # the adder's last words of the phase have left; `value`: clocks since its first had
+    MET = 7  # the block's warps have met: the slowest is done with the phase before, and its activations may be overwritten
 
 
 # ------------------------------------------------------------------------------------------------ structs
@@ -158,6 +163,7 @@ Shape = _struct(
     ("off_down_part", "u4"),
     ("off_down_sum", "u4"),
     ("off_best", "u4"),
+    ("off_align", "u4"),  # nothing unless `trace` is set
     ("off_abort", "u4"),
     ("symmetric_words", "u4"),
     # shared memory, offsets in bytes
@@ -192,7 +198,7 @@ RankParams = _struct(
     ("mailbox", "u8"),  # struct Mailbox, mapped host memory; rank 0 only
     ("fault", "u8"),  # struct FaultRecord, mapped host memory
     ("tap", "u8"),  # float, see cuda_src/tap.cuh; 0 unless Shape.tap
-    ("trace", "u8"),  # TraceEvent [num_blocks, TRACE_WRITERS, Shape.trace]
+    ("trace", "u8"),  # TraceEvent [num_blocks, TRACE_WRITERS, Shape.trace], then [ALIGN_SLOTS, num_blocks + world_size]
     ("rank", "u4"),
     ("deadline_us", "u4"),  # how long a wait may take
 )
@@ -279,9 +285,9 @@ STRUCTS = {
 ENUMS = (Phase, Wait, Command, Record, Finish, Strategy, Mark)
 CONSTANTS = (
     "MAX_RANKS MAX_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS "
-    "ADDER_WARPS TRACE_WRITERS NUM_WARPS PART_SLOTS MAX_STOP_IDS "
+    "ADDER_WARPS TRACE_WRITERS ALIGN_ROUNDS ALIGN_EVERY ALIGN_SLOTS NUM_WARPS PART_SLOTS MAX_STOP_IDS "
     "PLAN_HEADER_WORDS PLAN_ROW_WORDS SHARED_MAILBOX_BYTES SHARED_HEADER_BYTES DESCRIPTOR_SLOTS RECORD_SLOTS TOKEN_FROM_ROW ROW_SAMPLES "
-    "DESCRIPTOR_MAGIC"
+    "PLAN_ALIGNS DESCRIPTOR_MAGIC"
 ).split()
 _C_TYPES = {"u4": "unsigned int", "u8": "unsigned long long", "f4": "float"}
 

@@ -120,7 +120,7 @@ def make_shape(
 
 
 def _finer_slices_help(s) -> bool:
-    """Whether twice the slices would shorten long units of down_proj, so that blocks end the phase together, at no second hop of the exchange."""
+    """Whether twice the slices would shorten long units of down_proj, so that blocks end together, at no second hop of the exchange."""
     slices = int(s["down_slices"])
     tiles, words = int(s["intermediate_size"]) / slices / abi.TILE_K, int(s["hidden_size"]) * int(s["world_size"]) * slices
     return tiles > LONG_UNIT_TILES and (2 * words <= ONE_SHOT_WORDS or words > ONE_SHOT_WORDS)
@@ -182,6 +182,7 @@ def _place_symmetric_memory(s) -> None:
         ("off_down_part", world * int(s["down_slices"]) * rows * partial_width(hidden)),
         ("off_down_sum", rows * hidden // 2),
         ("off_best", world * blocks * rows * 2),
+        ("off_align", align_words(s)),
         ("off_abort", 16),
     ):
         s[field] = offset
@@ -204,9 +205,22 @@ def num_claims(s) -> int:
     return 2 * (int(s["num_layers"]) * (3 + int(s["down_slices"])) + 1)
 
 
+def num_partners(s) -> int:
+    """Numbers of those whose clocks a rank's block 0 compares with its own: blocks of the rank, then, for rank 0, ranks."""
+    return int(s["num_blocks"]) + int(s["world_size"])
+
+
+def align_words(s) -> int:
+    """Words of the alignment of clocks: a question and an answer for each partner, each in 32 bytes of its own."""
+    return 2 * num_partners(s) * 4 if s["trace"] else 0
+
+
 def trace_bytes(s) -> int:
-    """Bytes of one rank's trace rings, a whole number of pages; 0 when tracing is compiled out."""
-    return round_up(int(s["num_blocks"]) * abi.TRACE_WRITERS * int(s["trace"]) * abi.TraceEvent.itemsize, 4096)
+    """Bytes of one rank's trace, a whole number of pages: rings, then alignments of clocks; 0 when tracing is compiled out."""
+    if not s["trace"]:
+        return 0
+    events = int(s["num_blocks"]) * abi.TRACE_WRITERS * int(s["trace"]) + abi.ALIGN_SLOTS * num_partners(s)
+    return round_up(events * abi.TraceEvent.itemsize, 4096)
 
 
 def page_bytes(s) -> int:

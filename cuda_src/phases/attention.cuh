@@ -127,6 +127,7 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
   const int dim = shape().head_dim, pairs = item.heads * dim / 2;
   const int position = b.shared->rows[item.row].position, page_chunks = shape().page_size / kChunk, last_chunk = position / kChunk;
   consumer_sync();  // the activations have been read: the item takes their place
+  mark(b, Mark::kMet);
   // Pages are here before q is, and what can be done to them is done while q is on its way. A run of at most a chunk a warp that fits the
   // ring is awaited whole, so that each warp then goes straight to its chunk; of a longer one only the newest page, which comes first.
   const int run_pages = item.end_page - item.first_page;

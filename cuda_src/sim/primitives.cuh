@@ -206,6 +206,12 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
   for (int i = 0; i < N; i++)
     for (int j = 0; j < 2; j++) out[i][j] = i < count ? (u32)word[i][j] : 0;
 }
+DEV u32 wait_word_clock(Waiter& w, u32 epoch, const u64* p, u32 source, u32& payload) {
+  u32 words[1][2];
+  wait_words<1>(w, Wait::kWords, false, epoch, 1, [&](int) { return p; }, [&](int) { return source; }, words);
+  payload = words[0][0];
+  return clock_low();
+}
 constexpr u32 kPollsPerCheck = 8;  // the mailbox looks at the abort and stop words this seldom
 DEV void mailbox_pause(u32) { sim::pause_idle(); }
 

@@ -4,8 +4,8 @@ Matrices are a rank's padded ones in the kernel's row order (shard.py), as float
 every activation is the row of the step. Padding columns are zero throughout, so the same functions serve the whole model
 and a rank's part.
 
-Rounding points (docs/architecture.md): the residual is float32 and never rounded; the norm's input, its product with the norm's weights, q, k, v,
-the attention output and the FFN activation are rounded to bfloat16; partial sums and logits are not.
+Rounding points (docs/architecture.md): the residual is float32 and never rounded; the norm's input, its product with the norm's
+weights, q, k, v, the attention output and the FFN activation are rounded to bfloat16; partial sums and logits are not.
 `Precision(rounding=False, dtype=np.float64)` is the same math without any rounding.
 """
 

@@ -7,12 +7,14 @@ from collections import deque
 
 import numpy as np
 
-from imex_persist.observe.align import align
+from imex_persist.observe.clocks import ALIGNMENT, PAIR, AlignedClocks, SharedClock
 from imex_persist.observe.ring import EVENT, RingReader
-from imex_persist.observe.spans import Trace, decode
+from imex_persist.observe.spans import Trace, decode, pairs_of
 
 SETTLE_S = 0.05  # after the last token: for the blocks to write their last events
-MAX_STEPS_KEPT = 4096
+BEHIND = 2  # steps behind the kernel, while it runs: all ranks have written them
+MAX_DRAINS_KEPT = 4096
+LIVE_DRAINS = 64  # whose alignments of clocks `poll` uses
 
 
 class Capture:
@@ -24,33 +26,50 @@ class Capture:
         self.shape = llm.shape
         self.axis = axis_of(llm.group.placement)
         self._mailbox = llm.group.mailbox
-        self._one_clock = llm.group.placement.kind == "sim" or len(llm.group.placement.places) == 1
-        self._reader = RingReader(llm.group.trace.view, llm.shape)
-        self._parts: deque[np.ndarray] = deque(maxlen=MAX_STEPS_KEPT)
-        self._new: list[np.ndarray] = []  # of them, what poll has not returned
+        self._one_clock = llm.group.placement.kind == "sim"
+        self._reader = RingReader(llm.group.trace.view, llm.shape, first_step=self._mailbox.steps)
+        self._drained: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=MAX_DRAINS_KEPT)  # events, alignments
+        self._new = 0  # drains that poll has not returned
 
     def drain(self) -> None:
-        """Fetches the steps that are new, two behind the kernel: all ranks have written them."""
-        events = self._reader.fetch(self._mailbox.steps - 2)
-        if len(events):
-            self._parts.append(events)
-            self._new.append(events)
+        """Fetches the new steps if the rings are half full of them. Cheap to call, after every token for example."""
+        done = self._mailbox.steps - BEHIND
+        if done - self._reader.fetched >= self._reader.holds // 2 * int(self.shape["trace_every"]):
+            self._keep(done)
 
     def poll(self) -> Trace | None:
-        """The steps drained since the last call, or None."""
-        self.drain()
-        new, self._new = self._new, []
-        return self._decode(np.concatenate(new)) if new else None
+        """The steps that are new since the last call, or None."""
+        self._keep(self._mailbox.steps - BEHIND)
+        new, self._new = min(self._new, len(self._drained)), 0
+        return self._decode(new, new + LIVE_DRAINS) if new else None
 
     def finish(self) -> Trace:
         """Everything so far. Call when no request runs."""
         time.sleep(SETTLE_S)
-        self._parts.append(self._reader.fetch(self._mailbox.steps))
-        return self._decode(np.concatenate(self._parts) if self._parts else np.zeros(0, EVENT))
+        self._keep(self._mailbox.steps)
+        return self._decode(len(self._drained), len(self._drained))
 
-    def _decode(self, events: np.ndarray) -> Trace:
-        trace = decode(events, self.shape, self.axis, tuple(sorted(self._reader.lost)))
-        return trace if self._one_clock else align(trace)
+    def _keep(self, steps: int) -> None:
+        events, alignments = self._reader.fetch(steps)
+        if len(events):
+            self._drained.append((events, alignments))
+            self._new += 1
+
+    def _decode(self, count: int, used: int) -> Trace:
+        """The Trace of the last `count` drains, on the clocks of the last `used`."""
+        parts = list(self._drained)
+        clocks = clocks_of(parts[max(0, len(parts) - used) :], self.shape, self._one_clock)
+        events = np.concatenate([np.zeros(0, EVENT), *(events for events, _ in parts[len(parts) - count :])])
+        return decode(events, self.shape, self.axis, clocks, tuple(sorted(self._reader.lost)))
+
+
+def clocks_of(fetched: list[tuple[np.ndarray, np.ndarray]], shape: np.void, one_clock: bool) -> SharedClock | AlignedClocks:
+    """The clocks of what RingReader.fetch returned; `one_clock`: the simulator's."""
+    pairs = np.concatenate([np.zeros(0, PAIR), *(pairs_of(events) for events, _ in fetched)])
+    if one_clock:
+        return SharedClock(pairs)
+    alignments = np.concatenate([np.zeros(0, ALIGNMENT), *(found for _, found in fetched)])
+    return AlignedClocks(pairs, alignments, int(shape["num_blocks"]), int(shape["world_size"]))
 
 
 def axis_of(placement) -> str:
@@ -59,6 +78,4 @@ def axis_of(placement) -> str:
         if len(placement.places) == 1:
             return "virtual time of the simulator, not a GPU's"
         return "wall time of simulated ranks in processes, not a GPU's"
-    if len(placement.places) == 1:
-        return "the GPU's timer"
-    return "the GPUs' timers, aligned by the exchanges' words"
+    return "the SMs' clocks, aligned by words between them"

@@ -9,8 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 
+from imex_persist.log import log
+
 DEFAULT_PROMPT = "What is the capital of France?"
 DEFAULT_TOKENS = 32
+PROMPT_STEPS = 16  # that the rings hold beside the tokens', if they may be so large
 DRAW_S = 0.1  # between two looks at the rings
 
 
@@ -22,6 +25,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, default=DEFAULT_TOKENS, metavar="N", help="tokens to generate (default %(default)s)")
     add("--ceiling", type=float, metavar="GB/S", help="memory bandwidth of a GPU, to set the achieved beside")
     add("--step", type=int, metavar="N", help="the step of the pictures (default: the typical one)")
+    add("--layers", metavar="A-B", help="of them, layers A to B in the picture of --svg (default: all)")
     add("--json", action="store_true", help="print one JSON object with the same numbers")
     add("--out", metavar="FILE", help="write Chrome trace JSON, for ui.perfetto.dev")
     add("--html", metavar="FILE", help="write a page of one step, with zoom; it needs no network")
@@ -32,17 +36,18 @@ def run(args: argparse.Namespace, make_engine: Callable) -> int:
     """`make_engine(**more settings)` gives the LLM. Returns the exit code."""
     from imex_persist.model.load import load_model
     from imex_persist.observe.capture import Capture
-    from imex_persist.observe.report import report, request_rows
+    from imex_persist.observe.report import published, report, request_rows
     from imex_persist.observe.ring import ring_events
 
     if args.max_tokens < 2:
         raise ValueError(f"--max-tokens is {args.max_tokens}: at least 2 are needed to time what lies between tokens")
     if args.ceiling is not None and args.ceiling <= 0:
         raise ValueError(f"--ceiling is {args.ceiling}: a positive number of GB/s is allowed")
+    args.layers = _layers(args.layers)
     events = args.trace_events
     if not events:
         config = load_model(args.model, args.load_format, seed=args.seed, tokenizer=False).config
-        events = ring_events(config.num_hidden_layers)
+        events = ring_events(config.num_hidden_layers, -(-args.max_tokens // args.trace_every) + PROMPT_STEPS)
     with make_engine(trace_events=events) as llm:
         capture = Capture(llm)
         stream = start_stream(llm, args.prompt, args.max_tokens)
@@ -52,7 +57,11 @@ def run(args: argparse.Namespace, make_engine: Callable) -> int:
         requests = request_rows([stream.result], [stream.request.seen_device_ns])
     if not len(trace.spans):
         raise ValueError("no step was traced whole: raise --trace-events")
-    numbers = report(trace, requests=requests, ceiling_gbs=args.ceiling)
+    times_ns = stream.result.metrics.device_time_ns
+    ceiling, source = _ceiling(args.ceiling, llm.group.placement.kind)
+    numbers = report(
+        trace, requests=requests, ceiling_gbs=ceiling, ceiling_source=source, published_us=published(trace, times_ns)
+    )
     step = _picture_step(args, numbers, trace)
     _write(args, trace, step)
     if args.json:
@@ -62,6 +71,20 @@ def run(args: argparse.Namespace, make_engine: Callable) -> int:
 
         show(numbers, title=_title(args, llm))
     return 0
+
+
+def _ceiling(given: float | None, kind: str) -> tuple[float | None, str | None]:
+    """(GB/s, where the figure is from): what --ceiling says, else what is known of this machine's card."""
+    if given is not None or kind != "cuda":
+        return given, "--ceiling" if given else None
+    from imex_persist.front.cards import choose_card
+    from imex_persist.runtime.discover import find_gpus
+
+    gpus = find_gpus()
+    card, _ = choose_card(None, gpus)
+    if not gpus or card.key.upper() not in gpus[0].name.upper().split():
+        return None, None
+    return card.bandwidth_tb_s * 1e3, f"{card.bandwidth_source}, {card.name}"
 
 
 def start_stream(llm, prompt: str, max_tokens: int):
@@ -83,10 +106,8 @@ def follow(stream, capture, live=None) -> None:
     for new in stream:
         tokens += len(new.token_ids)
         capture.drain()
-        if time.monotonic() - looked > DRAW_S:
-            trace = capture.poll()
-            if live is not None:
-                live(trace, tokens)
+        if live is not None and time.monotonic() - looked > DRAW_S:
+            live(capture.poll(), tokens)
             looked = time.monotonic()
 
 
@@ -110,18 +131,30 @@ def _picture_step(args: argparse.Namespace, numbers: dict, trace) -> int:
     return args.step
 
 
+def _layers(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
+        raise ValueError(f"--layers is {text!r}: a layer or two joined by a hyphen are allowed, for example 3-5")
+    return int(first), int(last or first)
+
+
 def _write(args: argparse.Namespace, trace, step: int) -> None:
     if args.out:
-        from imex_persist.observe.chrome import write_chrome
+        from imex_persist.observe.chrome import steps_around, write_chrome
 
-        write_chrome(trace, args.out)
+        steps = steps_around(trace, step)
+        write_chrome(trace, args.out, steps)
+        if len(steps) < len(trace.steps):
+            log(f"{args.out} holds steps {steps[0]} to {steps[-1]} of {len(trace.steps)}, as many as viewers open")
     if args.html or args.svg:
         from imex_persist.observe import picture
 
         if args.html:
             picture.write_html(trace, step, args.html)
         if args.svg:
-            picture.write_svg(trace, step, args.svg)
+            picture.write_svg(trace, step, args.svg, args.layers)
 
 
 def _title(args: argparse.Namespace, llm) -> str:

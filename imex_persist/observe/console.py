@@ -13,6 +13,7 @@ from imex_persist.observe.path import KIND_TEXT, KINDS
 
 WIDTH = 80
 BLOCKS = " ▁▂▃▄▅▆▇█"
+HOPS = (("local", "inside a rank"), ("peers", "between ranks"))
 
 
 def make_console(file=None) -> Console:
@@ -52,99 +53,117 @@ def histogram(values: list[float], bins: int = 40) -> str:
     return "".join(BLOCKS[0 if not count else max(1, round(count / top * 8))] for count in counts)
 
 
-def table(title: str, *columns: str, left: int = 1) -> Table:
-    out = Table(
-        title=Text(title, style="bold", no_wrap=True),
-        title_justify="left",
-        min_width=len(title) + 2,
-        box=None,
-        pad_edge=False,
-        header_style="dim",
-        padding=(0, 1),
-    )
+def table(*columns: str, left: int = 1) -> Table:
+    """A table without a frame; the first `left` columns are text, the others numbers."""
+    out = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
     for i, column in enumerate(columns):
         out.add_column(column, justify="left" if i < left else "right", no_wrap=True)
     return out
 
 
-def show(r: dict, title: str, console: Console | None = None) -> None:
+def heading(console: Console, text: str) -> None:
+    console.print(Text(text, style="bold"))
+
+
+def show(r: dict, title: str, file=None) -> None:
     """The whole report, in the order in which one asks: how long, where, who, why."""
-    console = console or make_console()
-    s, gap = r["step_us"], r["gap_us"]
-    console.print(Text(f"Trace of {title}", style="bold"))
+    file = file or sys.stdout
+    console = make_console(file)
+    with console.capture() as text:
+        _head(console, r, title)
+        _where(console, r)
+        _phases(console, r)
+        _exchanges(console, r)
+        _requests(console, r)
+        _why(console, r)
+    file.write("".join(f"{line.rstrip()}\n" for line in text.get().splitlines()))
+
+
+def note(console: Console, text: str) -> None:
+    console.print(Text(text, style="dim"))
+
+
+def _head(console: Console, r: dict, title: str) -> None:
+    s, gap, e, h = r["step_us"], r["gap_us"], r["clock_error_us"], r["hops"]
+    heading(console, f"Trace of {title}")
     console.print(f"Times are {r['axis']}.")
-    error = f"clocks of blocks to {r['clock_error_us']:.3f} µs"
-    if r["rank_error_us"]:
-        error += f", ranks to {r['rank_error_us']:.2f} µs"
-    console.print(f"{r['steps']} decode steps, {r['lost_steps']} lost; {error}.\n")
-    console.print(f"step   p50 {us(s['p50'])}   p90 {us(s['p90'])}   p99 {us(s['p99'])}   max {us(s['max'])}")
+    lost = f", {r['lost_steps']} lost (raise --trace-events or --trace-every)" if r["lost_steps"] else ""
+    console.print(f"{r['steps']} decode steps{lost}.")
+    if e["blocks"]:
+        ranks = f", of ranks within {us(e['ranks'])}" if e["ranks"] else ""
+        drift = f", drifting {us(e['drift'])} between alignments" if e["drift"] is not None else ""
+        console.print(f"Clocks of blocks agree within {us(e['blocks'])}{ranks}{drift}.")
+    shortest = [f"{us(h[f'shortest_{k}_us'])} {text}" for k, text in HOPS if h[f"shortest_{k}_us"] is not None]
+    if shortest:
+        console.print(f"Shortest hop {', '.join(shortest)}; {h['contradictions']} of {h['checked']} contradict.")
+    console.print(f"\nstep   p50 {us(s['p50'])}   p90 {us(s['p90'])}   p99 {us(s['p99'])}   max {us(s['max'])}")
     each = r["step_us_each"]
     if each:
         console.print(f"       {us(min(each))} |{histogram(each)}| {us(max(each))}")
-    console.print(f"gap    p50 {us(gap['p50'])} from a step's tokens to the begin of the next\n")
-    _phases(console, r)
-    _exchanges(console, r)
-    _requests(console, r)
-    _path(console, r)
+    console.print(f"gap    p50 {us(gap['p50'])}   from a step's tokens to the begin of the next")
+    if r["published_us"]:
+        console.print(f"token  p50 {us(r['published_us']['p50'])}   from a step's end to the token's record for the host")
+    if r["floor_us"]:
+        p50 = s["p50"] + gap["p50"]
+        console.print(
+            f"floor  {us(r['floor_us'])}: {size(r['bytes'])} at {r['ceiling_gbs']:.0f} GB/s ({r['ceiling_source']}); "
+            f"step and gap are {p50 / r['floor_us']:.2f} of it"
+        )
+    console.print()
+
+
+def _where(console: Console, r: dict) -> None:
+    """The critical path, by phase and kind."""
+    c = r["critical_path"]
+    if not c:
+        return
+    kinds = [kind for kind in KINDS if kind != "peer_hop" or r["ranks"] > 1]
+    heading(console, "Where a mean step goes: its critical path")
+    out = table("phase", "time", "share", *(KIND_TEXT[kind] for kind in kinds))
+    for p in r["phases"]:
+        out.add_row(p["phase"], us(p["path_us"]), f"{p['share']:.1%}", *(us(p["path_kinds_us"][kind]) for kind in kinds))
+    total = sum(c["kinds_us"].values()) or 1.0
+    out.add_row("all", us(total), "100.0%", *(us(c["kinds_us"][kind]) for kind in kinds), style="bold")
+    out.add_row("", "", "", *(f"{c['kinds_us'][kind] / total:.1%}" for kind in kinds), style="bold")
+    console.print(out)
+    note(console, "tile wait: for memory. own warps: for the block's slowest warp.")
+    note(console, "hop: from a word's leaving, or its reader's being ready, to its being read.\n")
 
 
 def _phases(console: Console, r: dict) -> None:
-    out = table(
-        "Phases: a mean step, on its critical path",
-        "phase",
-        "time",
-        "share",
-        "bytes",
-        "GB/s",
-        "ceiling",
-        "tiles",
-        "words",
-        "peers",
-    )
+    heading(console, "What the phases read, and what an average block waits for")
+    out = table("phase", "bytes", "GB/s", "of ceiling", "tiles", "words", "peers")
     for p in r["phases"]:
         ceiling = "unknown" if p["ceiling_gbs"] is None else f"{p['gbs'] / p['ceiling_gbs']:.0%}"
         out.add_row(
-            p["phase"], us(p["path_us"]), f"{p['share']:.1%}", size(p["bytes"]), f"{p['gbs']:.3g}" if p["bytes"] else "-",
-            ceiling if p["bytes"] else "-", us(p["wait_tiles_us"]), us(p["wait_words_us"]), us(p["wait_peers_us"]),
+            p["phase"], size(p["bytes"]), f"{p['gbs']:.3g}" if p["bytes"] else "-", ceiling if p["bytes"] else "-",
+            us(p["wait_tiles_us"]), us(p["wait_words_us"]), us(p["wait_peers_us"]),
         )  # fmt: skip
     console.print(out)
-    given = r["phases"][0]["ceiling_gbs"]
-    where = "--ceiling GB/s sets one" if given is None else f"of {given:.0f} GB/s"
-    console.print(
-        Text(
-            f"bytes: one rank's. ceiling: {where}. tiles, words, peers: what\n"
-            "an average block waited for: memory, its own rank, other ranks.\n",
-            style="dim",
-        )
-    )
+    known = "see --ceiling" if r["ceiling_gbs"] is None else f"{r['ceiling_gbs']:.0f} GB/s, {r['ceiling_source']}"
+    note(console, f"bytes: one rank's. GB/s: by the time on the path. ceiling: {known}.")
+    note(console, "Waits: for memory (tiles), words of the own rank, words of other ranks (peers).\n")
 
 
 def _exchanges(console: Console, r: dict) -> None:
     if not r["exchanges"]:
         return
-    out = table(
-        "Exchanges: whose words left last, and how long until seen",
-        "rank",
-        "last",
-        "late by p50",
-        "max",
-        "seen p50",
-        "p90",
-        "max",
-    )
+    heading(console, "Exchanges: whose words left last, and how long until the other ranks had them")
+    out = table("rank", "last", "late by p50", "max", "seen p50", "p90", "max")
     for e in r["exchanges"]:
         share = e["arrived_last"] / max(1, e["exchanges"])
         late, seen = e["late_by_us"], e["export_to_visible_us"]
         values = [us(late["p50"]), us(late["max"]), us(seen["p50"]), us(seen["p90"]), us(seen["max"])]
         out.add_row(str(e["rank"]), f"{e['arrived_last']} ({share:.0%})", *(values if e["arrived_last"] else ["-"] * 5))
     console.print(out)
-    console.print()
+    note(console, "seen: of exchanges in which that rank was last; of others nobody waited for it.\n")
 
 
 def _requests(console: Console, r: dict) -> None:
     if not r["requests"]:
         return
-    out = table("Requests", "id", "prompt", "tokens", "TTFT", "in kernel", "ITL p50", "p99", "max", "tok/s")
+    heading(console, "Requests")
+    out = table("id", "prompt", "tokens", "TTFT", "in kernel", "ITL p50", "p99", "max", "tok/s")
     for q in r["requests"]:
         i = q["itl_us"]
         out.add_row(
@@ -152,34 +171,44 @@ def _requests(console: Console, r: dict) -> None:
             us(i["p50"]), us(i["p99"]), us(i["max"]), f"{q['tokens_per_s']:.1f}",
         )  # fmt: skip
     console.print(out)
-    console.print()
+    note(console, "in kernel: descriptor seen to first token's record. ITL: by the device's clock.\n")
 
 
-def _path(console: Console, r: dict) -> None:
+def _why(console: Console, r: dict) -> None:
     c = r["critical_path"]
     if not c:
         return
-    total = sum(c["kinds_us"].values()) or 1.0
-    out = table("Critical path: what the mean step is made of", "kind", "time", "share")
-    for kind in KINDS:
-        out.add_row(KIND_TEXT[kind], us(c["kinds_us"][kind]), f"{c['kinds_us'][kind] / total:.1%}")
-    console.print(out)
     slow, typical = c["slowest"], c["typical"]
     more = slow["us"] - typical["us"]
-    console.print()
-    console.print(
-        Text(
-            f"Why was step {slow['step']} {us(slow['us'])} and not {us(typical['us'])} like step {typical['step']}?",
-            style="bold",
-        )
-    )
-    for row in [w for w in c["why_slower"] if w["more_us"] > 0.05 * max(more, 1e-9)][:3]:
-        text = f"  +{us(row['more_us'])} in {row['phase']}, {KIND_TEXT[row['kind']]} ({us(row['us'])} instead of {us(row['typical_us'])})"
-        console.print(text, soft_wrap=True)
-    console.print()
-    console.print(Text("Longer than usual on the path, a mean step:", style="bold"))
+    if more > 0:
+        question = f"Why was step {slow['step']} {us(slow['us'])} and not {us(typical['us'])} like step {typical['step']}?"
+        heading(console, question)
+        for row in [w for w in c["why_slower"] if w["more_us"] > 0.05 * more][:3]:
+            what = f"{row['phase']}, {KIND_TEXT[row['kind']]}"
+            console.print(f"  +{us(row['more_us'])} in {what} ({us(row['us'])}, not {us(row['typical_us'])})")
+            if at := row["longest"]:
+                console.print(f"    longest at rank {at['rank']} block {at['block']} in layer {at['layer']}: {us(at['us'])}")
+        console.print()
+    heading(console, "Blocks that hold a mean step longer than is usual:")
     for s in c["suspects"]:
-        console.print(
-            f"  rank {s['rank']} block {s['block']}, {s['phase']} {KIND_TEXT[s['kind']]}: +{us(s['excess_us'])}\n"
-            f"    worst in layer {s['worst_layer']}: {us(s['worst_us'])}, median of all blocks {us(s['usual_us'])}"
-        )
+        console.print(f"  {_suspect(s)}")
+        console.print(f"    worst in layer {s['worst_layer']}: {us(s['worst_us'])}; median of all blocks {us(s['usual_us'])}")
+    _chain(console, c["chain"])
+
+
+def _suspect(s: dict) -> str:
+    return f"rank {s['rank']} block {s['block']}, {s['phase']}, {KIND_TEXT[s['kind']]}: +{us(s['excess_us'])}"
+
+
+def _chain(console: Console, chain: dict | None) -> None:
+    if not chain:
+        return
+    console.print()
+    heading(console, f"The path through layer {chain['layer']} of step {chain['step']}: {us(chain['us'])}")
+    out = table("phase", "where", "what", "time", left=3)
+    for link in chain["links"]:
+        where, source = (f"rank {link[a]} block {link[b]}" for a, b in (("rank", "block"), ("source_rank", "source_block")))
+        hop = link["kind"].endswith("hop")
+        came = f" from {source}" if source != where else ", words that had come" if hop else ""
+        out.add_row(link["phase"], where, f"{KIND_TEXT[link['kind']]}{came}", us(link["us"]))
+    console.print(out)

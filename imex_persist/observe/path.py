@@ -14,10 +14,11 @@ import numpy as np
 
 from imex_persist import abi
 from imex_persist.abi import Phase
-from imex_persist.observe.spans import EXCHANGED, Trace, order_of
+from imex_persist.observe.hops import words_left
+from imex_persist.observe.spans import Trace, order_of
 
-KINDS = ("compute", "tiles", "local_hop", "peer_hop")
-KIND_TEXT = {"compute": "compute", "tiles": "wait for tiles", "local_hop": "local hop", "peer_hop": "hop between ranks"}
+KINDS = ("compute", "tiles", "warps", "local_hop", "peer_hop")
+KIND_TEXT = {"compute": "compute", "tiles": "tile wait", "warps": "own warps", "local_hop": "local hop", "peer_hop": "rank hop"}
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,7 @@ class _Walk:
         self.step, self.table = step, trace.table(step)  # [rank, block, order]
         self.layers, self.world = int(trace.shape["num_layers"]), int(trace.shape["world_size"])
         self.two_shot = int(trace.shape["strategy"]) == abi.Strategy.TWO_SHOT
-        end = self.table["end"]
-        sent = self.table["sent"]
-        self.out = np.where(np.isnan(sent), end, sent)  # when a phase's words had left the block
-        self.out[..., -2] = self.table["begin"][..., -1]  # lm_head's are published by the consumers, who then begin `sample`
+        self.out = words_left(self.table, trace.shape)
         self.segments: list[Segment] = []
 
     def path(self) -> Path:
@@ -87,9 +85,9 @@ class _Walk:
         while True:
             span = self.table[rank, block, order]
             phase = Phase(int(span["phase"]))
-            begin, taken = float(span["begin"]), self._taken(span)
+            taken = self._taken(span)
             if phase == Phase.EMBED:
-                self._add("compute", span, begin, time)
+                self._add("compute", span, float(span["begin"]), time)
                 break
             if phase == Phase.ATTENTION:
                 late = self._late_split(span, time)
@@ -97,27 +95,31 @@ class _Walk:
                     block, split = late
                     self._hop(span, split, time, rank, block)
                     time, span = split, self.table[rank, block, order]
-                    begin, taken = float(span["begin"]), self._taken(span)
+                    taken = self._taken(span)
             self._work(span, min(taken, time), time)
             time = min(taken, time)
-            came_from = None
             if not np.isnan(span["sum"]):  # slice owners stand between: this block waited for the last of them
                 scope = self.table["sum"][:, :, order] if self.two_shot else self.table["sum"][rank : rank + 1, :, order]
                 source, published = _last(scope, 0 if self.two_shot else rank)
                 published = min(published, time)
                 self._hop(span, published, time, *source)
                 (rank, block), time, span = source, published, self.table[source[0], source[1], order]
-                begin = float(span["begin"])
+            begin = float(span["begin"])
+            met = begin if np.isnan(span["met"]) else min(float(span["met"]), time)
             exporters = self._exporters(phase, int(span["layer"]), rank)
             if exporters is not None:
                 before, ranks = exporters
-                came_from, left = _last(self.out[ranks, :, before], ranks.start)
+                out = self.out[ranks, :, before]
+                if phase == Phase.ATTENTION:  # an item needs the words of some blocks only, which had left when it had them
+                    out = np.where(out <= time, out, -np.inf)
+                came_from, left = _last(out, ranks.start)
                 left = min(left, time)
-                if left > begin:
+                if left > met:
                     self._hop(span, left, time, *came_from)
                     (rank, block), order, time = came_from, before, left
                     continue
-                self._add("peer_hop" if self._by_peers(phase) else "local_hop", span, begin, time)
+                self._add("local_hop", span, met, time)  # they had come: what is left of the hop is reading them
+                self._add("warps", span, begin, met)
             else:
                 self._add("compute", span, begin, time)
             order -= 1
@@ -126,9 +128,6 @@ class _Walk:
             time = min(float(own["end"]), begin)
         self.segments.reverse()
         return Path(self.step, tuple(s for s in self.segments if s.us > 0) or tuple(self.segments[:1]))
-
-    def _by_peers(self, phase: Phase) -> bool:
-        return self.world > 1 and phase in EXCHANGED
 
     @staticmethod
     def _taken(span) -> float:

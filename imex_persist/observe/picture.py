@@ -9,94 +9,146 @@ from pathlib import Path as File
 import numpy as np
 
 from imex_persist.abi import Phase
-from imex_persist.observe.path import KIND_TEXT, critical_path
+from imex_persist.observe.path import KIND_TEXT, Path, Segment, critical_path
 from imex_persist.observe.spans import Trace
 
-# Of one lightness, distinguishable with colour blindness; after Okabe and Ito.
+# Distinguishable with colour blindness; after Okabe and Ito.
 COLOURS = {
     Phase.EMBED: "#999999", Phase.QKV: "#0072b2", Phase.ATTENTION: "#e69f00", Phase.O_PROJ: "#56b4e9", Phase.GATE_UP: "#009e73",
     Phase.DOWN_PROJ: "#d55e00", Phase.LM_HEAD: "#cc79a7", Phase.SAMPLE: "#555555",
 }  # fmt: skip
-WIDTH, LEFT, ROW, TOP = 1000, 96, 14, 44
-MAX_ROWS = 64  # of a static picture: of more blocks, an even choice
+OPACITY = {"compute": 1.0, "tiles": 0.55, "warps": 0.55, "local_hop": 0.22, "peer_hop": 0.22}
+WIDTH, LEFT, RIGHT, ROW, TOP = 1000, 110, 14, 16, 58
+MAX_ROWS = 32  # of a static picture: of more blocks, an even choice and those of the path
+MAX_LAYERS_WITH_ARROWS = 4
 
 
-def rows_of(trace: Trace, step: int, limit: int | None = None) -> list[tuple[int, int]]:
-    """(rank, block) of the picture's rows, at most about `limit`."""
+def rows_of(trace: Trace, step: int, limit: int | None = None, path: Path | None = None) -> list[tuple[int, int]]:
+    """(rank, block) of the picture's rows: all, or about `limit` of them and those that the path goes through."""
     world, blocks = int(trace.shape["world_size"]), int(trace.shape["num_blocks"])
-    each = blocks if limit is None else max(1, min(blocks, limit // world))
-    chosen = sorted({int(b) for b in np.linspace(0, blocks - 1, each)})
-    return [(rank, block) for rank in range(world) for block in chosen]
+    if limit is None or world * blocks <= limit:
+        return [(rank, block) for rank in range(world) for block in range(blocks)]
+    visited = {(s.rank, s.block) for s in path.segments} if path else set()
+    chosen = set(sorted(visited)[: limit // 2])
+    each = max(2, (limit - len(chosen)) // world)
+    chosen |= {(rank, int(b)) for rank in range(world) for b in np.linspace(0, blocks - 1, each)}
+    return sorted(chosen)
 
 
-def svg(trace: Trace, step: int) -> str:
-    """A static picture of one step: pale while a phase waits for words, full while it computes, and the critical path below."""
-    path = critical_path(trace, step)
-    rows, table = rows_of(trace, step, MAX_ROWS), trace.table(step)
-    begin, end = path.begin_us, path.end_us
-    scale = (WIDTH - LEFT - 10) / max(end - begin, 1e-9)
-    height = TOP + ROW * (len(rows) + 2) + 40
+def in_layers(path: Path, layers: tuple[int, int] | None) -> list[Segment]:
+    """The path's segments of layers first … last; all without."""
+    if layers is None:
+        return list(path.segments)
+    found = [
+        s
+        for s in path.segments
+        if layers[0] <= s.layer <= layers[1] and s.phase not in (Phase.EMBED, Phase.LM_HEAD, Phase.SAMPLE)
+    ]
+    if not found:
+        raise ValueError(f"layers {layers[0]} to {layers[1]} are not in step {path.step}: the model's are counted from 0")
+    return found
+
+
+def ticks(begin: float, end: float, count: int = 6) -> list[float]:
+    """About `count` round numbers between two."""
+    step = 10 ** np.floor(np.log10(max(end - begin, 1e-6) / count))
+    step = next(step * factor for factor in (1, 2, 5, 10) if (end - begin) / (step * factor) <= count)
+    return [float(v) for v in np.arange(np.ceil(begin / step), np.floor(end / step) + 1) * step]
+
+
+def svg(trace: Trace, step: int, layers: tuple[int, int] | None = None) -> str:
+    """A static picture of one step, or of some of its layers (first, last), with the critical path below and its hops as arrows.
+
+    Full colour: a phase computes; pale: it waits for words. Times are from the step's begin.
+    """
+    path, table = critical_path(trace, step), trace.table(step)
+    shown = in_layers(path, layers)
+    within = Path(step, tuple(shown))
+    rows = rows_of(trace, step, MAX_ROWS, within)
+    zero, begin, end = path.begin_us, shown[0].begin_us, shown[-1].end_us
+    scale = (WIDTH - LEFT - RIGHT) / max(end - begin, 1e-9)
     x = lambda us: LEFT + (us - begin) * scale  # noqa: E731
+    bottom = TOP + ROW * len(rows)
+    height = bottom + ROW + 44
+    what = f"step {step}" if layers is None else f"step {step}, layers {layers[0]} to {layers[1]}"
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="11">',
+        '<defs><marker id="tip" viewBox="0 0 6 6" refX="5" refY="3" markerWidth="5" markerHeight="5" orient="auto">'
+        '<path d="M0 0 6 3 0 6z"/></marker></defs>',
         f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
-        f'<text x="8" y="16" font-size="13">Step {step}: {end - begin:.2f} µs ({html.escape(trace.clocks.axis)})</text>',
+        f'<text x="8" y="18" font-size="13" font-weight="bold">{html.escape(what)}: {end - begin:.1f} µs</text>',
+        f'<text x="{WIDTH - RIGHT}" y="18" text-anchor="end" fill="#555555">{html.escape(trace.axis)}</text>',
     ]
-    at = LEFT
-    for phase, colour in COLOURS.items():
-        out.append(f'<rect x="{at}" y="24" width="10" height="10" fill="{colour}"/>')
-        out.append(f'<text x="{at + 13}" y="33">{phase.name.lower()}</text>')
-        at += 30 + 7 * len(phase.name)
+    at = 8.0
+    for phase in dict.fromkeys(s.phase for s in shown):
+        out.append(f'<rect x="{at}" y="29" width="10" height="10" fill="{COLOURS[phase]}"/>')
+        out.append(f'<text x="{at + 14}" y="38">{phase.name.lower()}</text>')
+        at += 32 + 6.2 * len(phase.name)
+    out.append(f'<text x="{at + 6}" y="38" fill="#555555">pale: waits for words; arrows: hops of the critical path</text>')
+    for us in ticks(begin - zero, end - zero):
+        out.append(
+            f'<line x1="{x(us + zero):.1f}" x2="{x(us + zero):.1f}" y1="{TOP - 4}" y2="{bottom + ROW + 14}" stroke="#dddddd"/>'
+        )
+        out.append(f'<text x="{x(us + zero):.1f}" y="{bottom + ROW + 28}" text-anchor="middle" fill="#555555">{us:g} µs</text>')
 
     def bar(y: float, left: float, right: float, colour: str, opacity: float, title: str) -> None:
-        left, right = max(x(left), LEFT), min(x(right), WIDTH - 10)
-        if right > left:
+        left, right = max(x(left), LEFT), min(x(right), WIDTH - RIGHT)
+        if right - left > 0.02:
             out.append(
-                f'<rect x="{left:.2f}" y="{y}" width="{max(right - left, 0.15):.2f}" height="{ROW - 3}" fill="{colour}" '
+                f'<rect x="{left:.2f}" y="{y:.1f}" width="{max(right - left, 0.3):.2f}" height="{ROW - 4}" fill="{colour}" '
                 f'fill-opacity="{opacity}"><title>{html.escape(title)}</title></rect>'
             )
 
     for i, (rank, block) in enumerate(rows):
         y = TOP + i * ROW
-        out.append(f'<text x="8" y="{y + ROW - 4}" fill="#333333">rank {rank} block {block}</text>')
+        out.append(f'<text x="8" y="{y + ROW - 6}" fill="#333333">rank {rank} block {block}</text>')
         for s in table[rank, block]:
             phase = Phase(int(s["phase"]))
             taken = float(s["begin"] if np.isnan(s["input"]) else s["input"])
             title = f"{phase.name.lower()} layer {int(s['layer'])}: {float(s['end'] - s['begin']):.2f} µs"
-            bar(y, float(s["begin"]), taken, COLOURS[phase], 0.25, title + ", waiting for words")
+            bar(y, float(s["begin"]), taken, COLOURS[phase], 0.22, title + ", waiting for words")
             bar(y, taken, float(s["end"]), COLOURS[phase], 1.0, title)
-    y = TOP + (len(rows) + 0.6) * ROW
-    out.append(f'<text x="8" y="{y + ROW - 4}" font-weight="bold">critical path</text>')
-    for s in path.segments:
+    y = bottom + 8
+    out.append(f'<text x="8" y="{y + ROW - 6}" font-weight="bold">critical path</text>')
+    for s in shown:
         title = f"{s.phase.name.lower()} layer {s.layer}, {KIND_TEXT[s.kind]}, rank {s.rank} block {s.block}: {s.us:.2f} µs"
-        bar(
-            y, s.begin_us, s.end_us, COLOURS[s.phase], 1.0 if s.kind == "compute" else 0.5 if s.kind == "tiles" else 0.25, title
-        )
-    y += ROW + 6
-    for i in range(6):
-        us = (end - begin) * i / 5
-        anchor = "end" if i == 5 else "middle"
-        out.append(f'<text x="{x(begin + us):.1f}" y="{y + 12}" text-anchor="{anchor}">{us:.1f} µs</text>')
-        out.append(f'<line x1="{x(begin + us):.1f}" x2="{x(begin + us):.1f}" y1="{TOP}" y2="{y}" stroke="#00000022"/>')
+        bar(y, s.begin_us, s.end_us, COLOURS[s.phase], OPACITY[s.kind], title)
+    if len({s.layer for s in shown}) <= MAX_LAYERS_WITH_ARROWS:
+        out += _arrows(shown, rows, x)
     return "\n".join([*out, "</svg>", ""])
 
 
-def write_svg(trace: Trace, step: int, path: str | File) -> None:
-    File(path).write_text(svg(trace, step))
+def _arrows(shown: list[Segment], rows: list[tuple[int, int]], x) -> list[str]:
+    out = []
+    for s in shown:
+        source, target = (s.source_rank, s.source_block), (s.rank, s.block)
+        if s.kind.endswith("hop") and source != target and source in rows and target in rows:
+            y1, y2 = (TOP + rows.index(row) * ROW + (ROW - 4) / 2 for row in (source, target))
+            out.append(
+                f'<line x1="{x(s.begin_us):.1f}" y1="{y1}" x2="{x(s.end_us):.1f}" y2="{y2}" stroke="#000000" stroke-width="1.2" '
+                'marker-end="url(#tip)"/>'
+            )
+    return out
+
+
+def write_svg(trace: Trace, step: int, path: str | File, layers: tuple[int, int] | None = None) -> None:
+    File(path).write_text(svg(trace, step, layers))
 
 
 def page_data(trace: Trace, step: int) -> dict:
     """What the HTML page draws: rows of spans [phase, layer, begin, input, end, tiles, words, peers], µs from the step's begin."""
     path, table, rows = critical_path(trace, step), trace.table(step), rows_of(trace, step)
-    zero = path.begin_us
+    zero, e = path.begin_us, trace.errors
     number = lambda v: round(float(v) - zero, 3)  # noqa: E731
+    ranks = f", of ranks within {e.ranks:.2f} µs" if e.ranks else ""
     return {
         "step": step,
-        "axis": trace.clocks.axis,
-        "error": trace.clocks.residual_us,
+        "axis": trace.axis,
+        "error": f"clocks of blocks agree within {e.blocks:.2f} µs{ranks}" if e.blocks else "",
         "us": path.us,
         "phases": [p.name.lower() for p in Phase],
         "colours": [COLOURS[p] for p in Phase],
+        "opacity": {KIND_TEXT[kind]: value for kind, value in OPACITY.items()},
         "rows": [
             {
                 "name": f"rank {rank} block {block}",
@@ -113,8 +165,8 @@ def page_data(trace: Trace, step: int) -> dict:
         ],
         "path": [
             [
-                int(s.phase), s.layer, number(s.begin_us), number(s.end_us), KIND_TEXT[s.kind], f"rank {s.rank} block {s.block}",
-                f"rank {s.source_rank} block {s.source_block}",
+                int(s.phase), s.layer, number(s.begin_us), number(s.end_us), KIND_TEXT[s.kind], rows.index((s.rank, s.block)),
+                rows.index((s.source_rank, s.source_block)),
             ]
             for s in path.segments
         ],

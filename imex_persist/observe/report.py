@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import numpy as np
 
 from imex_persist import abi, planner
 from imex_persist.abi import Phase
-from imex_persist.observe.align import exchange_places
+from imex_persist.observe.hops import exchange_places, hop_check, words_left
 from imex_persist.observe.path import KINDS, Path, critical_path, suspects, usual
 from imex_persist.observe.spans import EXCHANGED, Trace, num_phases
 
@@ -52,22 +53,23 @@ def phase_bytes(shape: np.void, spans: np.ndarray) -> dict[Phase, float]:
 def phase_rows(trace: Trace, paths: list[Path], ceiling_gbs: float | None) -> list[dict]:
     """Per phase, means over the steps: µs on the critical path and its share, bytes and rate, and an average block's waits."""
     steps, blocks = max(1, len(paths)), int(trace.shape["num_blocks"]) * int(trace.shape["world_size"])
-    on_path = dict.fromkeys(Phase, 0.0)
+    on_path = {phase: dict.fromkeys(KINDS, 0.0) for phase in Phase}
     for path in paths:
-        for (phase,), us in path.total("phase").items():
-            on_path[phase] += us / steps
-    total = sum(on_path.values()) or 1.0
+        for (phase, kind), us in path.total("phase", "kind").items():
+            on_path[phase][kind] += us / steps
+    total = sum(sum(kinds.values()) for kinds in on_path.values()) or 1.0
     sizes, waits = phase_bytes(trace.shape, trace.spans), word_waits(trace)
     rows = []
     for phase in Phase:
         s = trace.spans[trace.spans["phase"] == phase]
-        us = on_path[phase]
+        us = sum(on_path[phase].values())
         words, peers = waits.get(phase, (0.0, 0.0))
         rows.append(
             {
                 "phase": name_of(phase),
                 "path_us": us,
                 "share": us / total,
+                "path_kinds_us": on_path[phase],
                 "block_us": float((s["end"] - s["begin"]).sum()) / steps / blocks,
                 "bytes": sizes[phase],
                 "gbs": sizes[phase] / us / 1e3 if us > 0 else 0.0,
@@ -90,8 +92,7 @@ def word_waits(trace: Trace) -> dict[Phase, tuple[float, float]]:
     sums = {phase: np.zeros(2) for phase in Phase}
     for step in trace.steps:
         table = trace.table(step)
-        out = np.where(np.isnan(table["sent"]), table["end"], table["sent"])
-        out[..., -2] = table["begin"][..., -1]  # as in path.py
+        out = words_left(table, trace.shape)
         for target in range(2, num_phases(trace.shape)):
             phase = Phase(int(table["phase"][0, 0, target]))
             source = target - 1
@@ -115,7 +116,7 @@ def exchange_rows(trace: Trace) -> list[dict]:
     last, lead, visible, count = [0] * world, [[] for _ in range(world)], [[] for _ in range(world)], 0
     for step in trace.steps if world > 1 else ():
         table = trace.table(step)
-        out = np.where(np.isnan(table["sent"]), table["end"], table["sent"])
+        out = words_left(table, trace.shape)
         for source, target in exchange_places(layers):
             left = out[..., source].max(axis=1)
             taken = table["sum"][..., target]
@@ -176,13 +177,20 @@ def path_json(path: Path) -> dict:
 
 
 def comparison(slow: Path, typical: Path) -> list[dict]:
-    """Where `slow` spent more than `typical`: by phase and kind, the largest difference first."""
+    """Where `slow` spent more than `typical`: by phase and kind, the largest difference first, with the longest piece of it."""
     a, b = slow.total("phase", "kind"), typical.total("phase", "kind")
-    rows = [
-        {"phase": name_of(phase), "kind": kind, "us": a.get((phase, kind), 0.0), "typical_us": b.get((phase, kind), 0.0)}
-        for phase, kind in sorted(a.keys() | b.keys())
-    ]
-    return sorted(({**r, "more_us": r["us"] - r["typical_us"]} for r in rows), key=lambda r: -r["more_us"])
+    rows = []
+    for phase, kind in sorted(a.keys() | b.keys()):
+        mine = [s for s in slow.segments if (s.phase, s.kind) == (phase, kind)]
+        longest = max(mine, key=lambda s: s.us, default=None)
+        us, typical_us = a.get((phase, kind), 0.0), b.get((phase, kind), 0.0)
+        rows.append(
+            {
+                "phase": name_of(phase), "kind": kind, "us": us, "typical_us": typical_us, "more_us": us - typical_us,
+                "longest": longest and {"rank": longest.rank, "block": longest.block, "layer": longest.layer, "us": longest.us},
+            }
+        )  # fmt: skip
+    return sorted(rows, key=lambda r: -r["more_us"])
 
 
 def suspect_rows(paths: list[Path], trace: Trace, count: int = 3) -> list[dict]:
@@ -204,16 +212,57 @@ def suspect_rows(paths: list[Path], trace: Trace, count: int = 3) -> list[dict]:
     return sorted(rows, key=lambda r: -r["excess_us"])[:count]
 
 
-def report(trace: Trace, *, requests: list[dict] = (), ceiling_gbs: float | None = None, decode_only: bool = True) -> dict:
+def chain(path: Path) -> dict | None:
+    """One layer of the path, phase -> word -> phase: the layer whose time is the median of all. Neighbours of one kind are joined."""
+    each = {layer: us for (layer,), us in path.total("layer").items() if layer < max(s.layer for s in path.segments)}
+    if not each:
+        return None
+    layer = sorted(each, key=each.get)[(len(each) - 1) // 2]
+    links: list[dict] = []
+    for s in path.segments:
+        if s.layer != layer or s.phase == Phase.EMBED:
+            continue
+        who = {
+            "phase": name_of(s.phase), "kind": s.kind, "rank": s.rank, "block": s.block, "source_rank": s.source_rank,
+            "source_block": s.source_block,
+        }  # fmt: skip
+        if links and {name: links[-1][name] for name in who} == who:
+            links[-1]["us"] += s.us
+        else:
+            links.append({**who, "us": s.us})
+    return {"step": path.step, "layer": layer, "us": each[layer], "links": links}
+
+
+def published(trace: Trace, times_ns: list[int]) -> np.ndarray:
+    """µs from a step's end to its token's record, for a request that ran alone: its tokens are those of the steps that sampled.
+
+    Nothing where steps are missing in between. `times_ns` are of the GPU's timer, so good to its resolution.
+    """
+    heads = trace.spans[(trace.spans["phase"] == Phase.LM_HEAD) & (trace.spans["value"] > 0)]
+    steps = np.unique(heads["step"])
+    ends = np.array([float(trace.table(step)["end"][0, 0, -1]) for step in steps.tolist()])
+    if len(ends) < len(times_ns) or not len(ends) or np.any(np.diff(steps) != 1):
+        return np.zeros(0)
+    return (np.array(times_ns, np.float64) - trace.origin_ns) / 1e3 - ends[: len(times_ns)]
+
+
+def report(
+    trace: Trace,
+    *,
+    requests: list[dict] = (),
+    ceiling_gbs: float | None = None,
+    ceiling_source: str | None = None,
+    published_us=(),
+    decode_only: bool = True,
+) -> dict:
     """Everything, as plain numbers, lists and dicts. With `decode_only`, steps that hold prompt rows too are left out if others remain."""
     trace = decode_steps(trace) if decode_only else trace
     paths = [critical_path(trace, step) for step in trace.steps]
-    c, shape = trace.clocks, trace.shape
+    shape = trace.shape
     out = {
-        "axis": c.axis,
-        "clock_error_us": c.residual_us,
-        "rank_error_us": c.rank_error_us,
-        "rank_offset_us": list(c.rank_offset_us),
+        "axis": trace.axis,
+        "clock_error_us": asdict(trace.errors),
+        "hops": hop_check(trace),
         "ranks": int(shape["world_size"]),
         "blocks": int(shape["num_blocks"]),
         "layers": int(shape["num_layers"]),
@@ -223,11 +272,17 @@ def report(trace: Trace, *, requests: list[dict] = (), ceiling_gbs: float | None
         "step_us": distribution([p.us for p in paths]),
         "step_us_each": [p.us for p in paths],
         "gap_us": distribution([b.begin_us - a.end_us for a, b in pairwise(paths) if b.step == a.step + 1]),
+        "published_us": distribution(published_us) if len(published_us) else None,
+        "ceiling_gbs": ceiling_gbs,
+        "ceiling_source": ceiling_source,
         "phases": phase_rows(trace, paths, ceiling_gbs),
         "exchanges": exchange_rows(trace),
         "requests": list(requests),
         "critical_path": None,
     }
+    streamed = sum(p["bytes"] for p in out["phases"])
+    out["bytes"] = streamed
+    out["floor_us"] = streamed / ceiling_gbs / 1e3 if ceiling_gbs else None
     if paths:
         ordered = sorted(paths, key=lambda p: p.us)
         typical, slow = ordered[(len(ordered) - 1) // 2], ordered[-1]
@@ -235,9 +290,9 @@ def report(trace: Trace, *, requests: list[dict] = (), ceiling_gbs: float | None
             "kinds_us": {kind: float(np.mean([p.total("kind").get((kind,), 0.0) for p in paths])) for kind in KINDS},
             "typical": path_json(typical),
             "slowest": path_json(slow),
+            "chain": chain(typical),
             "why_slower": comparison(slow, typical),
             "suspects": suspect_rows(paths, trace),
-            "slowest_suspects": suspect_rows([slow], trace),
         }
     return out
 
@@ -253,4 +308,4 @@ def decode_steps(trace: Trace) -> Trace:
     lm = trace.spans[(trace.spans["phase"] == Phase.LM_HEAD) & (trace.spans["value"] > 0)]
     sampled = set(lm["step"].tolist())
     keep = [step for step in keep if step in sampled] or keep
-    return Trace(trace.shape, trace.spans[np.isin(trace.spans["step"], keep)], trace.clocks, trace.lost, trace.origin_ns)
+    return replace(trace, spans=trace.spans[np.isin(trace.spans["step"], keep)], _tables={})

@@ -131,6 +131,31 @@ KERNEL words(const RankParams* params, u64* there, u64* back, u32* errors, int r
   if (w.failed) atomic_add_gpu(errors, 1u << 16);
 }
 
+// Lane p of block 0 asks block p, whose answer takes it p * 2 µs; trips: u32 [blocks], the shortest of each lane in clocks. Lanes poll
+// together, but each must see its own answer's time. words: u64 [2, blocks, 2].
+KERNEL clocks(const RankParams* params, u64* words, u32* trips, u32* errors, int blocks, int rounds) {
+  Waiter w = waiter_of(params, 0, Phase::kQkv);
+  const int block = grid_block(), partner = block ? block : lane_index();
+  if (warp_index() != 0 || partner == 0 || partner >= blocks || (block && lane_index())) return;
+  u64 *question = words + 2 * partner, *answer = words + 2 * (blocks + partner);
+  u32 shortest = ~0u, got;
+  for (u32 round = 1; round <= (u32)rounds && !w.failed; round++) {
+    if (block) {
+      const u32 clock = wait_word_clock(w, round, question, 0, got);
+      stand_still(partner * 2000);
+      store_words(answer, clock, 0, round);
+      if (got != payload_of(round, partner)) atomic_add_gpu(errors, 1);
+    } else {
+      const u32 began = clock_low();
+      store_words(question, payload_of(round, partner), 0, round);
+      const u32 trip = wait_word_clock(w, round, answer, 0, got) - began;
+      shortest = trip < shortest ? trip : shortest;
+    }
+  }
+  if (!block) trips[partner] = shortest;
+  if (w.failed) atomic_add_gpu(errors, 1u << 16);
+}
+
 // Waits for words [0, 1] with `epoch`; result: {failed, payload, payload, microseconds}
 KERNEL wait_for(const RankParams* params, const u64* words, u32* result, u32 epoch) {
   if (thread_index() != 0) return;

@@ -132,6 +132,22 @@ def test_words_ping_pong_between_blocks(bench):
     assert int(errors[0]) == 0, f"{int(errors[0]) & 0xFFFF} wrong payloads, {int(errors[0]) >> 16} lanes gave up"
 
 
+def test_each_lane_has_the_clock_of_its_own_word(bench):
+    blocks = 9
+    words, trips, errors = (
+        bench.xp.zeros(4 * blocks, np.uint64),
+        bench.xp.zeros(blocks, np.uint32),
+        bench.xp.zeros(1, np.uint32),
+    )
+    bench.set_deadline(2_000_000)
+    bench.run("clocks", bench.params, words, trips, errors, np.int32(blocks), np.int32(50), blocks=blocks)
+    assert int(errors[0]) == 0
+    found = trips.get()[1:].astype(float)
+    print(f"round trips in clocks, of answers that take 2, 4, … 16 µs: {found.tolist()}")
+    steps = np.diff(found)  # 2 µs each, at some GHz
+    assert np.all(steps > 1000) and np.all(steps < 8000)
+
+
 def test_a_word_that_never_comes_is_reported(bench):
     words = bench.xp.asarray(np.array([(5 << 32) | 1, (5 << 32) | 2], np.uint64))
     result = bench.xp.zeros(4, np.uint32)

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from imex_persist.model import phases
-from imex_persist.model.bf16 import round_bf16
 from imex_persist.model.phases import Precision
 
 SUM = 2.0**-19

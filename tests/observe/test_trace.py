@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import lru_cache
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,11 +11,11 @@ import pytest
 from imex_persist import abi
 from imex_persist.abi import Phase
 from imex_persist.model.packing import rank_bytes
-from imex_persist.observe import align, chrome, picture
+from imex_persist.observe.clocks import SharedClock
 from imex_persist.observe.path import critical_path
 from imex_persist.observe.report import decode_steps, distribution, phase_bytes, report
 from imex_persist.observe.ring import RingReader
-from imex_persist.observe.spans import decode, moved, num_phases
+from imex_persist.observe.spans import decode, num_phases, pairs_of
 
 from .traced import AXIS, CONFIG, REQUESTS, run, trace_of
 
@@ -101,32 +99,6 @@ def test_bytes_are_the_packed_sizes():
     assert found[Phase.ATTENTION] == 3 * 1 * int(trace.shape["page_size"]) * int(trace.shape["head_dim"]) * 4
 
 
-def test_clocks_wrap_and_drift():
-    """Other rates, offsets and wraps of every block's clock give the same spans."""
-    kernel = traced()
-    events, _ = kernel.events()
-    true = decode(events, kernel.shape, AXIS)
-    changed = events.copy()
-    for rank in range(2):
-        for block in range(4):
-            mine = (events["rank"] == rank) & (events["block"] == block)
-            clock = events["event"]["clock"][mine].astype(np.int64) * (17 + rank) // 10 + (1 << 32) - 50_000 + 777_777 * block
-            changed["event"]["clock"][mine] = clock % (1 << 32)
-    again = decode(changed, kernel.shape, AXIS)
-    assert again.clocks.clock_ghz == pytest.approx(1.75, abs=0.06)
-    for name in ("begin", "end"):
-        np.testing.assert_allclose(again.spans[name], true.spans[name], atol=0.02)
-
-
-def test_ranks_are_aligned_by_their_words():
-    trace = trace_of(traced())
-    for offset in (300.0, -12.5):
-        found = align.align(moved(trace, np.array([0.0, -offset]), None))
-        plain = align.align(trace)
-        assert found.clocks.rank_offset_us[1] - plain.clocks.rank_offset_us[1] == pytest.approx(offset)
-        assert abs(found.clocks.rank_offset_us[1] - offset) <= found.clocks.rank_error_us + 1e-6
-
-
 def test_what_was_overwritten_is_counted():
     kernel = run(trace=128)  # about two steps
     trace = trace_of(kernel)
@@ -150,30 +122,6 @@ def test_a_kernel_without_tracing_is_refused():
         RingReader(b"", shape)
 
 
-def test_chrome_json():
-    trace = trace_of(traced())
-    events = json.loads(json.dumps(chrome.chrome_trace(trace)))["traceEvents"]
-    spans = [e for e in events if e["ph"] == "X" and e["cat"] == "phase"]
-    assert len(spans) == len(trace.spans)
-    assert {e["name"] for e in spans} == {p.name.lower() for p in Phase}
-    assert {e["pid"] for e in spans} == {0, 1} and {e["tid"] for e in spans} == {0, 1, 2, 3}
-    starts, ends = ({e["id"]: e for e in events if e["ph"] == kind} for kind in "sf")
-    assert starts.keys() == ends.keys() and starts
-    assert all(starts[key]["ts"] <= ends[key]["ts"] for key in starts)
-    assert any(starts[key]["pid"] != ends[key]["pid"] for key in starts)
-
-
-def test_pictures(tmp_path):
-    trace = trace_of(traced())
-    tree = ElementTree.fromstring(picture.svg(trace, 3))
-    assert tree.tag.endswith("svg")
-    picture.write_html(trace, 3, tmp_path / "step.html")
-    text = (tmp_path / "step.html").read_text()
-    assert "http" not in text and "src=" not in text  # nothing from elsewhere
-    data = picture.page_data(trace, 3)
-    assert len(data["rows"]) == 8 and data["us"] == pytest.approx(critical_path(trace, 3).us)
-
-
 def test_distribution():
     values = list(range(1, 101))
     assert distribution(values)["p50"] == 50.5 and distribution(values)["max"] == 100
@@ -182,5 +130,6 @@ def test_distribution():
 
 def test_an_empty_trace():
     kernel = traced()
-    trace = decode(kernel.events()[0][:0], kernel.shape, AXIS)
+    nothing = kernel.fetch()[0][:0]
+    trace = decode(nothing, kernel.shape, AXIS, SharedClock(pairs_of(nothing)))
     assert report(replace(trace))["steps"] == 0 and REQUESTS

@@ -8,8 +8,9 @@ from imex_persist import abi, planner
 from imex_persist.device.sim import SimDevice
 from imex_persist.model.config import ModelConfig
 from imex_persist.model.dummy import DummyWeights
+from imex_persist.observe.clocks import SharedClock
 from imex_persist.observe.ring import RingReader
-from imex_persist.observe.spans import Trace, decode
+from imex_persist.observe.spans import Trace, decode, pairs_of
 from imex_persist.runtime.rank import launch_params
 from tests.kernel.harness import KernelRun, host_block
 
@@ -35,10 +36,11 @@ class TracedRun(KernelRun):
             ranks[rank]["trace"] = self.device.map_host(memoryview(self.rings)[rank * each : (rank + 1) * each])
         return launch_params(list(ranks))
 
-    def events(self) -> tuple[np.ndarray, RingReader]:
+    def fetch(self) -> tuple[np.ndarray, np.ndarray, RingReader]:
+        """(events, alignments of clocks, the reader) of the whole run."""
         reader = RingReader(memoryview(self.rings), self.shape)
         steps = int(self.host[: abi.Mailbox.itemsize].view(abi.Mailbox)[0]["header"]["steps"])
-        return reader.fetch(steps), reader
+        return *reader.fetch(steps), reader
 
 
 def run(
@@ -70,5 +72,5 @@ def run(
 
 
 def trace_of(traced: TracedRun) -> Trace:
-    events, reader = traced.events()
-    return decode(events, traced.shape, AXIS, tuple(sorted(reader.lost)))
+    events, _, reader = traced.fetch()
+    return decode(events, traced.shape, AXIS, SharedClock(pairs_of(events)), tuple(sorted(reader.lost)))

@@ -1,0 +1,72 @@
+// Waits for words on a GPU: they poll. Part of primitives.cuh, which includes it where its own primitives are there.
+#pragma once
+
+namespace imex {
+
+// What a wait needs to give up: whose abort word to look at, how long to be patient, whom to name. See faults.cuh.
+struct Waiter {
+  const RankParams* params;
+  u32 layer;
+  Phase phase;
+  bool failed;      // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
+  u32 word_clocks;  // trace.cuh: waited for words that were not there at the first poll
+};
+// Called every so many failed polls, with when the wait began; true when the wait must end without what it waited for.
+// `idle` waits (for the next plan, and for whoever waits for those who do) have no deadline: only the abort word ends them.
+// A call with plain numbers, so that no Waiter needs an address and the fast path keeps everything in registers.
+DEV bool give_up(const RankParams* params, Phase phase, u32 layer, Wait kind, bool idle, u32 source, u32 expected, u32 seen,
+                 u64 began_ns);
+DEV bool aborted(const RankParams* params);  // has anybody given up?
+DEV void stand_still(u32 ns) {
+  for (const u64 began = timer_ns(); timer_ns() - began < ns;) {}
+}
+constexpr u32 kPollsPerCheck = 256;  // the abort word and the clock are looked at this seldom, off the fast path
+
+// Waits until the words at address(0) .. address(count - 1) and their right neighbours all carry `epoch`; payloads in `out`.
+// All loads of a poll are in flight together. count <= N; source(i) names the rank that owes word i.
+template <int N, class Address, class Source>
+DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source, u32 (&out)[N][2]) {
+  u64 word[N][2] = {};
+  u32 missing_pairs = (1u << count) - 1;  // only these are loaded again: polling shares the way to L2 with the stream
+  auto ready = [&] {
+  UNROLL for (int i = 0; i < N; i++)
+      if (missing_pairs >> i & 1) load_words(address(i), word[i][0], word[i][1]);
+    UNROLL for (int i = 0; i < N; i++)
+      if ((u32)(word[i][0] >> 32) == epoch && (u32)(word[i][1] >> 32) == epoch) missing_pairs &= ~(1u << i);
+    return missing_pairs == 0;
+  };
+  u64 began_ns = 0;
+  u32 polls = 0, began = 0;
+  while (!ready() && !w.failed) {
+    if (shape().trace && polls == 0) began = clock_low();  // a wait is timed only if its first poll fails
+    if (++polls % kPollsPerCheck) continue;
+    if (!began_ns) began_ns = timer_ns();
+    const int first = __ffs(missing_pairs) - 1;  // for the record: whose word it is, and what is there instead
+    u64 there[2];
+    load_words(address(first), there[0], there[1]);
+    const u32 tag = (u32)(there[0] >> 32);
+    w.failed = give_up(w.params, w.phase, w.layer, kind, idle, source(first), epoch, tag == epoch ? (u32)(there[1] >> 32) : tag, began_ns);
+  }
+  if (shape().trace && polls) w.word_clocks += clock_low() - began;
+  UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < 2; j++) out[i][j] = i < count ? (u32)word[i][j] : 0;
+}
+// Waits for one word; returns the clock at which it was there, each lane its own though they poll together: the predicate waits for it.
+DEV u32 wait_word_clock(Waiter& w, u32 epoch, const u64* p, u32 source, u32& payload) {
+  u32 clock = 0;
+  u64 word, unused, began_ns = 0;
+  for (u32 polls = 1;; polls++) {
+    load_words(p, word, unused);
+    const u32 tag = (u32)(word >> 32);
+    payload = (u32)word;
+    clock_when(tag, epoch, clock);
+    if (tag == epoch || w.failed) return clock;
+    if (polls % kPollsPerCheck) continue;
+    if (!began_ns) began_ns = timer_ns();
+    w.failed = give_up(w.params, w.phase, w.layer, Wait::kWords, false, source, epoch, tag, began_ns);
+  }
+}
+DEV void mailbox_pause(u32 idle_polls) {  // between two looks at the descriptor ring; sleeps only after about 1 ms without news
+  if (idle_polls > 1000) __nanosleep(500);
+}
+
+}  // namespace imex

@@ -1,0 +1,128 @@
+"""Traces of a GPU: two ranks in one launch, their clocks aligned by words, and planted delays that the critical path must name.
+
+`TEST_DEVICE=sim pytest --noconftest tests/gpu/test_trace.py` runs it in the simulator, to test the tests.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imex_persist import abi, planner
+from imex_persist.abi import Phase
+from imex_persist.device.sim import SimDevice
+from imex_persist.model.config import ModelConfig
+from imex_persist.observe.capture import clocks_of
+from imex_persist.observe.hops import hop_check
+from imex_persist.observe.report import decode_steps, report
+from imex_persist.observe.spans import Trace, decode
+from tests.gpu.bench import capable_gpus
+from tests.observe.traced import AXIS, TracedRun
+
+SIMULATED = os.environ.get("TEST_DEVICE") == "sim"
+CONFIG = ModelConfig(
+    hidden_size=256 if SIMULATED else 1024, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
+    intermediate_size=512 if SIMULATED else 4096, vocab_size=1000, tie_word_embeddings=True,
+)  # fmt: skip
+WORLD, BLOCKS = 2, 4 if SIMULATED else 64
+REQUEST = [{"prompt": [5, 9, 2], "max_tokens": 16 if SIMULATED else 200}]
+DELAY_NS = 60_000
+EXCHANGES = {
+    "ONE_SHOT": {},
+    "ONE_SHOT_LOCAL": {"strategy": abi.Strategy.ONE_SHOT_LOCAL, "one_shot_rows": 0},
+    "TWO_SHOT": {"strategy": abi.Strategy.TWO_SHOT, "one_shot_rows": 0},
+}
+
+
+def open_device(delay: str, folder: Path):
+    if SIMULATED:
+        return SimDevice(1, BLOCKS, defines=(f"IMEX_PLANTED_DELAY={delay}",) if delay else ())
+    from imex_persist.device.cuda import CudaDevice
+
+    class Delayed(CudaDevice):
+        """Compiles the kernel with a planted delay."""
+
+        def load(self, shape, **options):
+            if not delay:
+                return super().load(shape, **options)
+            source = folder / "delayed.cu"
+            source.write_text(f'#define IMEX_PLANTED_DELAY {delay}\n#include "decode.cu"\n')
+            return super().load(shape, source=source, **options)
+
+    return Delayed(capable_gpus()[0][0])
+
+
+@lru_cache
+def traced(folder: Path, exchange: str = "ONE_SHOT", delay: str = "", trace: int = 1 << 15) -> tuple[list, Trace | None, list]:
+    """(tokens, trace, records) of a run on a device of its own; nothing of it stays on the GPU."""
+    device = open_device(delay, folder)
+    machine = replace(device.machine, num_blocks=min(BLOCKS, device.machine.num_blocks // (1 if SIMULATED else WORLD)))
+    shape = planner.make_shape(
+        CONFIG, world_size=WORLD, max_rows=1, max_model_len=256, machine=machine, trace=trace, **EXCHANGES[exchange]
+    )
+    try:
+        kernel = TracedRun(device, shape, CONFIG)
+        tokens = kernel.decode(REQUEST)
+        if not trace:
+            return tokens, None, kernel.records
+        events, alignments, reader = kernel.fetch()
+    finally:
+        if not SIMULATED:
+            device.close()
+    assert not reader.lost
+    clocks = clocks_of([(events, alignments)], shape, one_clock=False)
+    return tokens, decode(events, shape, AXIS, clocks), kernel.records
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernel")
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_no_word_is_seen_before_it_left(folder, exchange):
+    """The check that clocks aligned by the GPU's timer failed."""
+    _, trace, _ = traced(folder, exchange)
+    hops, e = hop_check(trace), trace.errors
+    print(f"{exchange}: {e}, {hops}")
+    assert hops["contradictions"] == 0 and hops["checked"] > 100
+    assert 0 < e.blocks < 3 and 0 < e.ranks < 3  # half round trips through L2, in µs
+    if not SIMULATED:
+        assert hops["shortest_local_us"] > 0.1 and hops["shortest_peers_us"] > 0.1
+        assert e.drift < 1
+
+
+def test_phases_follow_each_other_and_end_before_their_records(folder):
+    _, trace, records = traced(folder)
+    for step in trace.steps:
+        table = trace.table(step)
+        assert np.all(table["end"] >= table["begin"])
+        assert np.all(table["begin"][..., 1:] >= table["end"][..., :-1])
+    tokens = [int(r["time_ns"]) for r in records if r["kind"] == abi.Record.TOKEN]
+    late_us = trace.errors.timer + 2.0
+    ends = [float(trace.table(step)["end"][0, 0, -1]) + trace.origin_ns / 1e3 for step in decode_steps(trace).steps]
+    assert len(tokens) <= len(ends)
+    for token, end in zip(tokens, ends, strict=False):
+        assert token / 1e3 > end - late_us
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize(
+    ("rank", "block", "phase", "layer"), [(1, 2, Phase.O_PROJ, 1), (0, 3, Phase.DOWN_PROJ, 2), (1, 0, Phase.GATE_UP, 0)]
+)
+def test_a_planted_delay_is_named(folder, exchange, rank, block, phase, layer):
+    _, trace, _ = traced(folder, exchange, f"{{{rank}, {block}, {int(phase)}, {layer}, {DELAY_NS}}}")
+    numbers = report(trace)
+    worst = numbers["critical_path"]["suspects"][0]
+    assert (worst["rank"], worst["block"], worst["phase"], worst["worst_layer"]) == (rank, block, phase.name.lower(), layer)
+    assert worst["worst_us"] == pytest.approx(DELAY_NS / 1e3, rel=0.3)
+    assert worst["excess_us"] == pytest.approx(DELAY_NS / 1e3, rel=0.3)
+
+
+def test_tracing_changes_no_token(folder):
+    assert traced(folder)[0] == traced(folder, trace=0)[0]
