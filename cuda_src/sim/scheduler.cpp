@@ -71,12 +71,21 @@ Warp* pick_warp() {
   }
 }
 
-// A stalled block stands still unless nobody else can run.
+u32 reluctance(const Warp* w) {
+  return 2 * w->starved + (w->stalled_until > machine.steps || w->fibers->block->stalled_until > machine.steps);
+}
+
+// A stalled block or warp stands still unless nobody else can run, and a starved one even then if a stalled one can.
 Warp* pick_unstalled() {
-  if (one_in(512)) machine.blocks[random_u64() % machine.num_blocks].stalled_until = machine.steps + random_u64() % 8192;
+  if (one_in(512)) {
+    Warp* w = machine.ready[random_u64() % machine.num_ready];
+    (random_u64() & 1 ? w->stalled_until : w->fibers->block->stalled_until) =
+        machine.steps + random_u64() % (2048u << random_u64() % 5);
+  }
   Warp* w = pick_warp();
-  for (u32 tries = 0; tries < 4 && w->fibers->block->stalled_until > machine.steps; tries++)
-    w = machine.ready[random_u64() % machine.num_ready];
+  u32 i = reluctance(w) ? random_u64() % machine.num_ready : 0;
+  for (u32 tries = 0; tries < machine.num_ready && reluctance(w); tries++, i = (i + 1) % machine.num_ready)
+    if (reluctance(machine.ready[i]) < reluctance(w)) w = machine.ready[i];
   return w;
 }
 
@@ -137,10 +146,14 @@ void ask_fiber(Fiber* f) {
   make_ready(f);
 }
 
+u64* abort_word(const RankParams& r) { return r.peers[r.rank] ? (u64*)r.peers[r.rank] + machine.shape.off_abort : nullptr; }
 bool abort_raised(const Block* b) {
-  const RankParams& r = machine.params.ranks[b->rank_idx];
-  if (!r.peers[r.rank]) return false;
-  return __atomic_load_n((const u64*)r.peers[r.rank] + machine.shape.off_abort, __ATOMIC_RELAXED) != 0;
+  const u64* word = abort_word(machine.params.ranks[b->rank_idx]);
+  return word && __atomic_load_n(word, __ATOMIC_RELAXED) != 0;
+}
+void raise_abort() {
+  for (u32 i = 0; i < machine.params.num_ranks; i++)
+    if (u64* word = abort_word(machine.params.ranks[i])) __atomic_store_n((u32*)word, 1, __ATOMIC_RELAXED);
 }
 
 // Wakes the waits whose deadline has passed or whose rank was aborted, so that they call give_up; true if there was one.
@@ -266,7 +279,7 @@ void wake_pair(const void* address) {
 }
 
 void maybe_yield() {
-  if (one_in(machine.preempt)) leave();
+  if (machine.current->warp->starved || one_in(machine.preempt)) leave();
 }
 
 void pause_idle() {
@@ -303,6 +316,7 @@ static int dispatch_all() {
     machine.steps++;
     machine.clock_ns += kStepNs;
     drain_some(false);
+    if (machine.steps == machine.config.abort_step) raise_abort();
     if (machine.num_idle && machine.num_ready && (machine.simple || one_in(kHousekeeping))) wake_idle();
     if (machine.steps % kAbortSteps < (machine.simple ? kHousekeeping : 1u)) ask_waits();
     if (!machine.num_ready) {

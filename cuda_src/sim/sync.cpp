@@ -12,8 +12,6 @@ struct Mbar {  // the 8 bytes in shared memory
 };
 static_assert(sizeof(Mbar) == 8);
 
-u64 later(u64 a, u64 b) { return a > b ? a : b; }
-
 void barrier_opens(Block* block, Barrier* b) {
   b->arrived = 0;
   b->generation++;
@@ -23,7 +21,7 @@ void barrier_opens(Block* block, Barrier* b) {
     if (f->state == State::kParked && f->park == Park::kBarrier && f->note.address == b) make_ready(f);
 }
 
-u64& view_of(Block* block, u64* bar) { return block->mbar_view[((char*)bar - block->shared) / 8]; }
+View& view_of(Block* block, u64* bar) { return block->mbar_view[((char*)bar - block->shared) / 8]; }
 
 Mbar* mbar_at(Block* block, u64* bar) {
   const size_t offset = (char*)bar - block->shared;
@@ -76,7 +74,7 @@ void fiber_exits() {
   Block* block = f->block;
   share_stores();
   f->warp->exited |= 1u << f->lane;
-  block->alive--;
+  if (!--block->alive) block_ends(block);
   Barrier* b = &block->barriers[0];
   if (b->arrived && b->arrived == block->alive) barrier_opens(block, b);  // __syncthreads does not wait for who has left
 }
@@ -85,7 +83,7 @@ void mbarrier_init(u64* bar, u32 count) {
   Mbar* m = mbar_at(machine.current->block, bar);
   if (!count || count > 0xffff) misuse("mbar_init with count %u", count);
   *m = Mbar{(u16)count, (u16)count, 0, 0};
-  view_of(machine.current->block, bar) = 0;
+  view_of(machine.current->block, bar) = View{};
 }
 
 void mbarrier_arrive(u64* bar, u32 bytes, bool expect) {
@@ -96,12 +94,13 @@ void mbarrier_arrive(u64* bar, u32 bytes, bool expect) {
     misuse("mbarrier at shared + %zu: more arrivals than its count of %u", (size_t)((char*)bar - f->block->shared), m->count);
   if (expect && bytes % 16) misuse("mbar_arrive_expect of %u bytes: not a multiple of 16", bytes);
   share_stores();
-  u64& view = view_of(f->block, bar);
+  View& view = view_of(f->block, bar);
   view = later(view, f->view);
   tsan_release((char*)bar + m->phase);
   m->bytes16 += (int)(bytes / 16);
   m->pending--;
   mbar_check(f->block, m);
+  point();  // those who were let go may overtake whatever comes next
 }
 
 void mbarrier_complete(Block* block, u64* bar, u32 bytes) {
@@ -124,11 +123,11 @@ void warp_synchronize() {
   share_stores();
   const void* key = (char*)f->warp->slot + (f->warp->turn & 1);
   tsan_release(key);
-  u64 view = f->view;
+  View view = f->view;
   collective(&view, [](void** lane) {
-    u64 all = 0;
-    for (int i = 0; i < LANES; i++) all = later(all, *(u64*)lane[i]);
-    for (int i = 0; i < LANES; i++) *(u64*)lane[i] = all;
+    View all{};
+    for (int i = 0; i < LANES; i++) all = later(all, *(View*)lane[i]);
+    for (int i = 0; i < LANES; i++) *(View*)lane[i] = all;
   });
   tsan_acquire(key);
   f->view = view;

@@ -45,7 +45,7 @@ class SimConfig(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("seed", "stop")] + [
         (name, ctypes.c_uint32)
         for name in "mode processes preempt delay_stores delay_copies split_words stalls pct_depth pct_steps on_deadlock".split()
-    ]
+    ] + [(name, ctypes.c_uint64) for name in ("abort_step", "host_bytes")]
 
 
 @lru_cache
@@ -123,7 +123,7 @@ class SimDevice:
     """device.base.Device on the simulator.
 
     `mode`: rr (round robin), random or pct; `preempt`: switch fibers at one of so many memory operations, 0 only at waits;
-    `delay`: weak memory, late and split copies and words; `stalls`: blocks stand still at random; `source`: another kernel than decode.cu;
+    `delay`: weak memory, late and split copies and words; `stalls`: blocks and warps stand still at random; `source`: another kernel than decode.cu;
     `tsan`: the process runs under hostcc.tsan_environment(), and ThreadSanitizer reports what the kernel forgot to order;
     `on_deadlock`: "report" raises DeviceError saying who waits for what, "expire" lets deadlines pass, as on a GPU.
     """

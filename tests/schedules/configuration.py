@@ -151,4 +151,6 @@ def schedule(seed: int) -> Schedule:
         "pct_depth": int(rng.integers(1, 9)),
         "pct_steps": int(rng.choice([2_000, 20_000, 100_000])),
     }
+    if rng.integers(6) == 0:  # in the middle of it, or before it begins, or when all is done
+        options["abort_step"] = int(10 ** rng.uniform(1, 5))
     return Schedule(seed, options)
