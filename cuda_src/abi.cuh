@@ -34,6 +34,7 @@ constexpr int kRecordSlots = 1024;
 constexpr unsigned int kTokenFromRow = 2147483648u;
 constexpr unsigned int kRowSamples = 2147483648u;
 constexpr unsigned int kDescriptorMagic = 1229800792u;
+constexpr unsigned int kDescriptorFactor = 2654435761u;
 
 // The phases of a decode step: a file in cuda_src/phases, a reference function, a test, a trace span.
 enum class Phase : unsigned int {
@@ -55,7 +56,7 @@ enum class Wait : unsigned int {
   kPartial = 3,
   kPlan = 4,
   kStep = 5,
-  kEpochs = 6,
+  kCount = 6,
 };
 
 // What the host asks of the resident kernel (Descriptor.command) and rank 0 of all blocks (plan header).
@@ -126,6 +127,7 @@ struct Shape {
   unsigned int num_pages;
   unsigned int pages_per_slot;
   unsigned int num_slots;
+  unsigned int renew_steps;
   unsigned int off_plan;
   unsigned int off_qkv;
   unsigned int off_split;
@@ -136,6 +138,7 @@ struct Shape {
   unsigned int off_down_part;
   unsigned int off_down_sum;
   unsigned int off_best;
+  unsigned int off_renew;
   unsigned int off_abort;
   unsigned int symmetric_words;
   unsigned int smem_x;
@@ -150,7 +153,7 @@ struct Shape {
   unsigned int trace;
   unsigned int trace_every;
 };
-static_assert(sizeof(Shape) == 188);
+static_assert(sizeof(Shape) == 196);
 IMEX_OFFSET(Shape, hidden_size, 0);
 IMEX_OFFSET(Shape, num_layers, 4);
 IMEX_OFFSET(Shape, num_heads, 8);
@@ -175,29 +178,31 @@ IMEX_OFFSET(Shape, page_size, 80);
 IMEX_OFFSET(Shape, num_pages, 84);
 IMEX_OFFSET(Shape, pages_per_slot, 88);
 IMEX_OFFSET(Shape, num_slots, 92);
-IMEX_OFFSET(Shape, off_plan, 96);
-IMEX_OFFSET(Shape, off_qkv, 100);
-IMEX_OFFSET(Shape, off_split, 104);
-IMEX_OFFSET(Shape, off_attn, 108);
-IMEX_OFFSET(Shape, off_o_part, 112);
-IMEX_OFFSET(Shape, off_o_sum, 116);
-IMEX_OFFSET(Shape, off_gate, 120);
-IMEX_OFFSET(Shape, off_down_part, 124);
-IMEX_OFFSET(Shape, off_down_sum, 128);
-IMEX_OFFSET(Shape, off_best, 132);
-IMEX_OFFSET(Shape, off_abort, 136);
-IMEX_OFFSET(Shape, symmetric_words, 140);
-IMEX_OFFSET(Shape, smem_x, 144);
-IMEX_OFFSET(Shape, smem_part, 148);
-IMEX_OFFSET(Shape, smem_residual, 152);
-IMEX_OFFSET(Shape, smem_rope, 156);
-IMEX_OFFSET(Shape, smem_ring, 160);
-IMEX_OFFSET(Shape, smem_bytes, 164);
-IMEX_OFFSET(Shape, tap, 168);
-IMEX_OFFSET(Shape, only_phase, 172);
-IMEX_OFFSET(Shape, only_layer, 176);
-IMEX_OFFSET(Shape, trace, 180);
-IMEX_OFFSET(Shape, trace_every, 184);
+IMEX_OFFSET(Shape, renew_steps, 96);
+IMEX_OFFSET(Shape, off_plan, 100);
+IMEX_OFFSET(Shape, off_qkv, 104);
+IMEX_OFFSET(Shape, off_split, 108);
+IMEX_OFFSET(Shape, off_attn, 112);
+IMEX_OFFSET(Shape, off_o_part, 116);
+IMEX_OFFSET(Shape, off_o_sum, 120);
+IMEX_OFFSET(Shape, off_gate, 124);
+IMEX_OFFSET(Shape, off_down_part, 128);
+IMEX_OFFSET(Shape, off_down_sum, 132);
+IMEX_OFFSET(Shape, off_best, 136);
+IMEX_OFFSET(Shape, off_renew, 140);
+IMEX_OFFSET(Shape, off_abort, 144);
+IMEX_OFFSET(Shape, symmetric_words, 148);
+IMEX_OFFSET(Shape, smem_x, 152);
+IMEX_OFFSET(Shape, smem_part, 156);
+IMEX_OFFSET(Shape, smem_residual, 160);
+IMEX_OFFSET(Shape, smem_rope, 164);
+IMEX_OFFSET(Shape, smem_ring, 168);
+IMEX_OFFSET(Shape, smem_bytes, 172);
+IMEX_OFFSET(Shape, tap, 176);
+IMEX_OFFSET(Shape, only_phase, 180);
+IMEX_OFFSET(Shape, only_layer, 184);
+IMEX_OFFSET(Shape, trace, 188);
+IMEX_OFFSET(Shape, trace_every, 192);
 
 struct RankParams {
   unsigned long long qkv;

@@ -12,6 +12,7 @@
 #include "phases/embed.cuh"
 #include "phases/attention.cuh"
 #include "phases/sample.cuh"
+#include "renew.cuh"
 
 namespace imex {
 
@@ -63,7 +64,7 @@ DEV bool decode_step(Block& b) {
     if (phase == Phase::kGateUp) append_kv(b);
     if (phase == Phase::kLmHead) break;
   }
-  return (!runs(Phase::kLmHead) || publish_best(b)) && sample(b);
+  return (!runs(Phase::kLmHead) || publish_best(b)) && sample(b) && (!renews(b.step) || renew(b));
 }
 
 DEV void consume(Block& b) {

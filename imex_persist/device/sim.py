@@ -42,10 +42,14 @@ _STATS = ("steps", "switches", "drains", "copies", "clock_ns")
 class SimConfig(ctypes.Structure):
     """sim::SimConfig of cuda_src/sim/machine.h."""
 
-    _fields_ = [(name, ctypes.c_uint64) for name in ("seed", "stop")] + [
-        (name, ctypes.c_uint32)
-        for name in "mode processes preempt delay_stores delay_copies split_words stalls pct_depth pct_steps on_deadlock".split()
-    ] + [(name, ctypes.c_uint64) for name in ("abort_step", "host_bytes")]
+    _fields_ = (
+        [(name, ctypes.c_uint64) for name in ("seed", "stop")]
+        + [
+            (name, ctypes.c_uint32)
+            for name in "mode processes preempt delay_stores delay_copies split_words stalls pct_depth pct_steps on_deadlock".split()
+        ]
+        + [(name, ctypes.c_uint64) for name in ("abort_step", "host_bytes")]
+    )
 
 
 @lru_cache

@@ -105,14 +105,13 @@ class KernelRun:
                 tokens[record["request"]].append(int(record["token"]))
         return tokens
 
-    def _descriptor(self, mailbox, sequence: int, command: abi.Command, **fields) -> None:
+    def _descriptor(self, mailbox, sequence: int, command: abi.Command, at: int | None = None, **fields) -> None:
         d = np.zeros((), abi.Descriptor)
         d["sequence"], d["command"] = sequence, command
         for name, value in fields.items():
             d[name] = value
-        words = d.reshape(1).view(np.uint32)
-        d["check"] = np.bitwise_xor.reduce(words) ^ np.uint32(abi.DESCRIPTOR_MAGIC)
-        mailbox["descriptors"][(sequence - 1) % abi.DESCRIPTOR_SLOTS] = d
+        d["check"] = abi.descriptor_check(d.reshape(1).view(np.uint32)[:15].tolist())
+        mailbox["descriptors"][(sequence - 1) % abi.DESCRIPTOR_SLOTS if at is None else at] = d
 
     # ------------------------------------------------------------------ one phase alone
     def put_words(self, rank: int, field: str, payload: np.ndarray, epoch: int, offset: int = 0) -> None:

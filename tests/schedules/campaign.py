@@ -57,7 +57,7 @@ class Kernel(KernelRun):
         device = Device(configuration.lanes, case.num_blocks, max_stages=configuration.max_stages, **build)
         pages = [-(-r.positions // case.page_size) for r in configuration.requests]
         shape = planner.make_shape(case.config, machine=device.machine, num_pages=sum(pages) + 1, **case.options, tap=tap)
-        shape["window"] = configuration.window
+        shape["window"], shape["renew_steps"] = configuration.window, configuration.renew_steps
         super().__init__(device, case.config, DummyWeights(case.config, case.seed), shape)
         self.table = np.zeros((int(shape["num_slots"]), int(shape["pages_per_slot"])), np.uint32)
         for i, count in enumerate(pages):  # not in order, the last page nobody's

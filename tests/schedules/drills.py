@@ -40,12 +40,19 @@ class Host:
 
     def __init__(self, kernel: Kernel, stop: tuple[int, ...]):
         self.kernel, self.stop, self.commands, self.seen = kernel, stop, 0, []
+        self.order = np.random.default_rng(0)
         self.mailbox = kernel.host[: abi.Mailbox.itemsize].view(abi.Mailbox)[0]
         self.arena = kernel.host[abi.Mailbox.itemsize :].view(np.uint32)
 
     def put(self, command: Command, **fields) -> None:
+        """A host that stores a line's words in any order."""
         self.commands += 1
-        self.kernel._descriptor(self.mailbox, self.commands, command, **fields)
+        line, place = np.zeros(1, abi.Mailbox["descriptors"].subdtype[0]), (self.commands - 1) % abi.DESCRIPTOR_SLOTS
+        self.kernel._descriptor({"descriptors": line}, self.commands, command, at=0, **fields)
+        words, there = line.view(np.uint32), self.mailbox["descriptors"][place : place + 1].view(np.uint32)
+        for i in self.order.permutation(len(words)):
+            there[i] = words[i]
+            time.sleep(1e-5)
 
     def submit(self, request: int) -> None:
         """Always into slot 0 and its page."""

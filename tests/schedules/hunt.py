@@ -46,7 +46,7 @@ def source_of(name: str) -> Path:
     return MUTATIONS[name].apply(folder)
 
 
-def _known_kernels(**build):
+def _known_kernels(lanes: int, **build):
     """(seed, kernel, what a run of it must show): the mutant's memory, and the round-robin run of the kernel as it is."""
     kernel, number = None, None
     for seed in range(0, RUNS * STRIDE, STRIDE):
@@ -54,17 +54,17 @@ def _known_kernels(**build):
             number = seed // SCHEDULES
             if kernel:
                 kernel.close()
-            kernel = Kernel(configuration(number, 1), DEADLINE_US, **build)
+            kernel = Kernel(configuration(number, lanes), DEADLINE_US, **build)
             kernel.timeout_s = 10
-            mutant, kernel.kernel = kernel.kernel, SimKernel(_library(1, cxx=QUICK_CXX), kernel.shape)
+            mutant, kernel.kernel = kernel.kernel, SimKernel(_library(lanes, cxx=QUICK_CXX), kernel.shape)
             known = kernel.run(Schedule(0))
             kernel.kernel = mutant
         yield seed, kernel, known
 
 
-def by_schedules(name: str, seconds: float = SECONDS) -> str:
+def by_schedules(name: str, seconds: float = SECONDS, lanes: int = 1) -> str:
     began = None
-    for runs, (seed, kernel, known) in enumerate(_known_kernels(source=source_of(name), cxx=QUICK_CXX), 1):
+    for runs, (seed, kernel, known) in enumerate(_known_kernels(lanes, source=source_of(name), cxx=QUICK_CXX), 1):
         began = began or time.monotonic()
         print(f"runs {runs}", flush=True)  # of a process that may crash
         try:
@@ -121,7 +121,7 @@ def hunt(name: str, by: str) -> Found | None:
 def first_to_find(name: str) -> Found | None:
     """Whoever is expected to, then the others."""
     expected = MUTATIONS[name].by
-    for by in sorted(("schedules", "drill", "tsan"), key=lambda each: each != expected):
+    for by in sorted(("schedules", "drill", "tsan", "threads"), key=lambda each: each != expected):
         if found := hunt(name, by):
             return found
     return None
@@ -130,11 +130,12 @@ def first_to_find(name: str) -> Found | None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.schedules.hunt")
     parser.add_argument("names", nargs="*", metavar="name")
-    parser.add_argument("--by", choices=("schedules", "drill"))
+    parser.add_argument("--by", choices=("schedules", "threads", "drill"))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of schedules")
     args = parser.parse_args()
     if args.by:
-        if said := by_drill(args.names[0]) if args.by == "drill" else by_schedules(args.names[0], args.seconds):
+        name, lanes = args.names[0], 32 if args.by == "threads" else 1
+        if said := by_drill(name) if args.by == "drill" else by_schedules(name, args.seconds, lanes):
             print("caught " + said)
         return 3 if said else 0
     for name in args.names or MUTATIONS:

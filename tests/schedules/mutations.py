@@ -18,8 +18,7 @@ class Mutation:
     name: str
     breaks: str
     patches: tuple[tuple[str, str, str], ...]  # (file, old, new)
-    by: str = "schedules"  # who catches it: schedules, tsan, drill, or nobody
-    why: str = ""  # nobody: why
+    by: str = "schedules"  # who catches it: schedules, threads (schedules of LANES=32), tsan, or drill
 
     def apply(self, folder: Path) -> Path:
         """Writes the patched kernel into a folder of its own below `folder`; its decode.cu."""
@@ -54,7 +53,7 @@ def gone(name: str, breaks: str, file: str, old: str, **more) -> Mutation:
 
 
 SYNC = "  consumer_sync();"
-TSAN, DRILL, NOBODY = {"by": "tsan"}, {"by": "drill"}, {"by": "nobody"}
+TSAN, DRILL, THREADS = {"by": "tsan"}, {"by": "drill"}, {"by": "threads"}
 BLOCK = (
     gone("gather_without_barrier", "activations are overwritten while a warp still multiplies with them", "words.cuh",
          SYNC + "  // the phase before has read what stood there\n"),
@@ -121,13 +120,7 @@ RING = (
     gone("producer_begins_early", "pages are streamed for a plan not read yet", "decode.cu",
          "        mbar_wait(b.waiter, Wait::kStep, true, &b.shared->step_begin, b.step & 1);\n"),
     one("producer_reads_plan_late", "the producer looks at the next step's plan (a race that was here once)", "decode.cu",
-        "phase != Phase::kLmHead || p.num_sampling", "phase != Phase::kLmHead || b.shared->num_sampling", by="nobody",
-        why="254 schedules do not: the producer warp alone must stand still for half a step, and the simulator stalls whole blocks; "
-        "ThreadSanitizer keeps four accesses a word, and the consumers' many reads push the producer's out"),
-    one("adder_reads_rows_late", "an adder looks at the next step's rows after its last word (a race that was here once)",
-        "phases/o_proj.cuh", "i < rows * (kUnitRows / 2); i += LANES", "i < num_rows(b) * (kUnitRows / 2); i += LANES", by="nobody",
-        why="as above, and for o_proj it is harmless: later units of the step order it"),
+        "phase != Phase::kLmHead || p.num_sampling", "phase != Phase::kLmHead || b.shared->num_sampling"),
     gone("copies_not_drained", "a block leaves while copies into its shared memory are in flight", "decode.cu",
-         "  drain_copies(b, p);\n", by="nobody",
-         why="the simulator lets a launch end with copies in flight; it could count them (memory.cpp) and call that a misuse"),
+         "  drain_copies(b, p);\n"),
 )  # fmt: skip
