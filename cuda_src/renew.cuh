@@ -16,29 +16,34 @@ namespace imex {
 
 DEV bool renews(u32 step) { return (step + 1) % shape().renew_steps == 0; }
 
-// All consumers; false when the block must leave.
-DEV bool renew(Block& b) {
-  const int sources = shape().world_size * shape().num_blocks;
+// All consumers; true when the block must leave. A call with plain numbers: it runs once in hours and must not cost the step a register.
+DEV_CALL bool renew_words(const RankParams* params, u32 index, u32 thread, u32 step) {
+  const u32 blocks = shape().num_blocks, sources = shape().world_size * blocks;
+  Waiter waiter = {params, shape().num_layers, Phase::kSample, false};
   ROLLED for (u32 meeting = 0; meeting < 2; meeting++) {
-    const u32 epoch = b.step / shape().renew_steps * 2 + meeting + 1, at = shape().off_renew + meeting * sources * 2;
-    const u32 begin = shape().off_qkv / 2 + b.index * kConsumerThreads + b.thread;
-    ROLLED for (u32 pair = begin; meeting && pair < shape().off_renew / 2; pair += shape().num_blocks * kConsumerThreads)
-      store_words(own_words(b, 2 * pair), 0, 0, 0);
+    const u32 epoch = step / shape().renew_steps * 2 + meeting + 1, at = shape().off_renew + meeting * sources * 2;
+    u64* own = (u64*)params->peers[params->rank];
+    const u32 begin = shape().off_qkv / 2 + index * kConsumerThreads + thread;
+    ROLLED for (u32 pair = begin; meeting && pair < shape().off_renew / 2; pair += blocks * kConsumerThreads)
+      store_words(own + 2 * pair, 0, 0, 0);
     consumer_sync();
-    ROLLED for (u32 r = b.thread; r < shape().world_size; r += kConsumerThreads) {
+    ROLLED for (u32 r = thread; r < shape().world_size; r += kConsumerThreads) {
       fence_sys();
-      store_words(words_of(b, r, at + 2 * (b.params->rank * shape().num_blocks + b.index)), 0, 0, epoch);
+      store_words((u64*)params->peers[r] + at + 2 * (params->rank * blocks + index), 0, 0, epoch);
     }
-    ROLLED for (int i = b.thread; i < sources; i += kConsumerThreads) {
+    ROLLED for (u32 i = thread; i < sources; i += kConsumerThreads) {
       u32 words[1][2];
       wait_words<1>(
-          b.waiter, Wait::kWords, false, epoch, 1, [&](int) { return own_words(b, at + 2 * i); },
-          [&](int) { return (u32)i / shape().num_blocks; }, words);
+          waiter, Wait::kWords, false, epoch, 1, [&](int) { return own + at + 2 * i; }, [&](int) { return i / blocks; }, words);
     }
     fence_sys();
-    if (!all_well(b)) return false;
+    if (consumer_any(waiter.failed)) return true;
   }
-  return true;
+  return false;
+}
+DEV bool renew(Block& b) {
+  b.waiter.failed = renew_words(b.params, b.index, b.thread, b.step);
+  return !b.waiter.failed;
 }
 
 }  // namespace imex
