@@ -50,7 +50,8 @@ class Configuration:
         exchange = "ONE_SHOT" if o["one_shot_rows"] is None else f"{o['strategy'].name} above {o['one_shot_rows']} rows"
         return (
             f"LANES={self.lanes}, {o['world_size']} ranks x {self.case.num_blocks} blocks, {exchange}, {o['max_rows']} rows, "
-            f"{o['down_slices']} down slices, ring {self.max_stages}/{self.window}, epochs of {self.renew_steps} steps, hidden {c.hidden_size}, {c.num_hidden_layers} layers, "
+            f"{o['down_slices']} down slices, ring {self.max_stages}/{self.window}, epochs of {self.renew_steps} steps, "
+            f"hidden {c.hidden_size}, {c.num_hidden_layers} layers, "
             f"requests {[(len(r.prompt), r.max_tokens, r.cancel_after) for r in self.requests]}"
         )
 
