@@ -99,11 +99,14 @@ struct Warp {
   u32 ready;     // mask of lanes
   u32 position;  // in Machine::ready
   u32 arrived;   // mask of lanes at the collective
-  u32 exited;    // mask of lanes
+  u32 exited;    // mask of lanes: warp_sync does not wait for them, and nothing else may be called without them
+  bool syncing;  // the collective is a warp_sync
+  View view, view_result;
   bool mailbox;  // has paused idly: its steps alone are no progress
   u64 priority;  // PCT
   u64 stalled_until;
-  bool starved;  // runs only when nobody else can
+  bool starved;  // runs only when nobody else can, or when it has been ready for very long
+  u64 ready_at;  // dispatch at which it last ran or became ready
   Fiber* fibers;
   void* slot[LANES];                                   // what each lane brought to the collective
   float scratch[2][kMaxRows * kChunk + 4 * kMaxRows];  // of flash.cuh, used in turn

@@ -46,6 +46,7 @@ struct Copy {
 };
 
 constexpr u32 kMaxCopies = 1u << 16, kLog = 2048;
+constexpr u32 kVeryLong = 1u << 14;  // chances: where somebody polls all the time, "until nothing else can run" would be for ever
 PendingStore* pending_memory;
 Landed* landed;  // [kLog], a ring: what is older than it is seen by everybody
 u64 num_landed;
@@ -140,7 +141,7 @@ void land_copy(u32 i, u32 bytes) {
   move_bytes(part.to, part.from, bytes, part.bar, part.block, part.view);
 }
 
-bool may_land(u32 hold, bool must) { return must || hold == 1 || one_in(hold); }
+bool may_land(u32 hold, bool must) { return must || hold == 1 || one_in(hold ? hold : kVeryLong); }
 
 // Lets a store of the block land if one may; of all that it holds only if it `must`.
 bool land_one(Block* b, bool must) {

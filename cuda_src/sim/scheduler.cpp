@@ -13,6 +13,7 @@ Machine machine;
 
 namespace {
 constexpr u32 kHousekeeping = 64;   // dispatches between two looks at idle fibers
+constexpr u64 kPatience = 16384;    // of a starved warp, in dispatches: somebody may be polling all the time
 constexpr u32 kAbortSteps = 4096;   // dispatches between two looks at the abort words while others run
 constexpr u64 kStepNs = 20;         // virtual time of a dispatch
 constexpr u64 kBusyNs = 2'000'000;  // without progress before sleeping: a peer's words are seldom longer away
@@ -44,6 +45,7 @@ void unready(Fiber* f) {
 Fiber* dispatch(Fiber* f) {
   machine.switches++;
   machine.progress += !f->warp->mailbox;
+  f->warp->ready_at = machine.steps;
   machine.current = f;
   return f;
 }
@@ -72,7 +74,7 @@ Warp* pick_warp() {
 }
 
 u32 reluctance(const Warp* w) {
-  return 2 * w->starved + (w->stalled_until > machine.steps || w->fibers->block->stalled_until > machine.steps);
+  return 2 * (w->starved && machine.steps - w->ready_at < kPatience) + (w->stalled_until > machine.steps || w->fibers->block->stalled_until > machine.steps);
 }
 
 // A stalled block or warp stands still unless nobody else can run, and a starved one even then if a stalled one can.
@@ -239,6 +241,7 @@ void make_ready(Fiber* f) {
   Warp* w = f->warp;
   if (!w->ready) {
     w->position = machine.num_ready;
+    w->ready_at = machine.steps;
     machine.ready[machine.num_ready++] = w;
   }
   w->ready |= 1u << f->lane;

@@ -30,6 +30,15 @@ Mbar* mbar_at(Block* block, u64* bar) {
   return (Mbar*)bar;
 }
 
+constexpr u32 kAllLanes = ~0u >> (32 - LANES);
+bool warp_opens(Warp* w) {  // a warp_sync at which all are who are still there
+  if ((w->arrived | w->exited) != kAllLanes) return false;
+  w->view_result = w->view, w->view = View{};
+  w->syncing = false;
+  warp_release();
+  return true;
+}
+
 void mbar_check(Block* block, Mbar* m) {
   if (m->pending || m->bytes16) return;
   m->phase ^= 1;
@@ -74,6 +83,7 @@ void fiber_exits() {
   Block* block = f->block;
   share_stores();
   f->warp->exited |= 1u << f->lane;
+  if (f->warp->syncing) warp_opens(f->warp);
   if (!--block->alive) block_ends(block);
   Barrier* b = &block->barriers[0];
   if (b->arrived && b->arrived == block->alive) barrier_opens(block, b);  // __syncthreads does not wait for who has left
@@ -123,14 +133,14 @@ void warp_synchronize() {
   share_stores();
   const void* key = (char*)f->warp->slot + (f->warp->turn & 1);
   tsan_release(key);
-  View view = f->view;
-  collective(&view, [](void** lane) {
-    View all{};
-    for (int i = 0; i < LANES; i++) all = later(all, *(View*)lane[i]);
-    for (int i = 0; i < LANES; i++) *(View*)lane[i] = all;
-  });
+  Warp* w = f->warp;
+  w->view = later(w->view, f->view);
+  w->arrived |= 1u << f->lane;
+  w->syncing = true;
+  f->note = WaitNote{};
+  if (!warp_opens(w)) park(Park::kWarp);
   tsan_acquire(key);
-  f->view = view;
+  f->view = later(f->view, w->view_result);  // the next one needs this lane, so it is still this one's
 }
 
 bool warp_arrive(void* mine) {
@@ -139,7 +149,7 @@ bool warp_arrive(void* mine) {
   if (w->exited) misuse("a warp collective after lanes %08x of the warp returned", w->exited);
   w->slot[f->lane] = mine;
   w->arrived |= 1u << f->lane;
-  if (w->arrived == ~0u >> (32 - LANES)) return true;
+  if (w->arrived == kAllLanes) return true;
   f->note = WaitNote{};
   park(Park::kWarp);
   return false;
@@ -147,10 +157,11 @@ bool warp_arrive(void* mine) {
 
 void warp_release() {
   Warp* w = machine.current->warp;
+  const u32 arrived = w->arrived;
   w->arrived = 0;
   w->turn ^= 1;
   for (int i = 0; i < LANES; i++)
-    if (w->fibers + i != machine.current) make_ready(w->fibers + i);
+    if (w->fibers + i != machine.current && arrived >> i & 1) make_ready(w->fibers + i);
 }
 
 }  // namespace sim
