@@ -123,4 +123,20 @@ def dead_peer(source=None, trials: int = 3, first: int = 0) -> int:
     return trials
 
 
-DRILLS = (slot_reuse, dead_peer)
+def aborted_threads(source=None, trials: int = 40, first: int = 0) -> int:
+    """Every thread a fiber, and the abort word rises anywhere in a run: lanes of one warp may hear of it at different places."""
+    kernel = Kernel(tiny(0, 32), tap=False, source=source)
+    kernel.timeout_s = 20
+    try:
+        kernel.run(Schedule(0, {"mode": "random", "preempt": 16}))
+        dispatches = kernel.stats["steps"]
+        for trial in range(first, first + trials):
+            rng = np.random.default_rng(trial)
+            hostile = {"preempt": int(rng.choice([4, 16, 64])), "delay_copies": True, "stalls": trial % 2 == 1}
+            kernel.run(Schedule(trial, {"mode": "random", "abort_step": int(rng.integers(1, dispatches)), **hostile}))
+    finally:
+        kernel.close()
+    return trials
+
+
+DRILLS = (slot_reuse, dead_peer, aborted_threads)

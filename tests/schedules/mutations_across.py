@@ -69,10 +69,13 @@ MAILBOX = (
 LEAVING = (
     gone("abort_not_looked_at", "a wait without a deadline outlives the kernel", "faults.cuh",
          "  if (aborted(params)) return true;\n", **DRILL),
-    one("stage_taken_after_failure", "a producer that was held up counts a stage that it never filled (was here once)", "stream.cuh",
-        "if (b.waiter.failed) return false;\n  if (p.num_filled", "if (p.num_filled"),
+    one("stage_counted_after_failure", "a producer that was held up waits for a stage that it never filled (was here once)",
+        "stream.cuh", "DEV void push_mark(Block& b, Producer& p, int unit) {\n  if (!take_stage(b, p, unit)) return;",
+        "DEV void push_mark(Block& b, Producer& p, int unit) {\n  if (!take_stage(b, p, unit)) p.num_filled++;\n  if (b.waiter.failed) return;"),
     one("lanes_leave_one_by_one", "lanes that give up leave the others at a collective (was here once)", "stream.cuh",
-        "if (warp_any(b.waiter.failed)) return;", "if (b.waiter.failed) return;", **THREADS),
+        "if (warp_any(b.waiter.failed)) return;  // all", "if (b.waiter.failed) return;  // all", **DRILL),
+    gone("hand_over_lane_by_lane", "the same where partial sums are handed over (was here until a drill found it)", "stream.cuh",
+         "  b.waiter.failed = warp_any(b.waiter.failed);", **DRILL),
     one("leaves_without_a_vote", "a block's warps do not leave together", "words.cuh", "  return all_well(b);\n}\n\n}  // namespace",
         "  consumer_sync();\n  return !b.waiter.failed;\n}\n\n}  // namespace", **THREADS),
 )  # fmt: skip
