@@ -111,3 +111,15 @@ def test_no_memory_at_the_start(tmp_path):
         done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert re.fullmatch(r"the simulator could not get \d+\.\d+ GiB .*\n", done.stdout), done.stdout + done.stderr
     assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+@pytest.mark.full
+def test_the_soak_runs_and_goes_on(tmp_path):
+    """The script that soaks two GPUs, twice with the same state file."""
+    state = tmp_path / "soak.json"
+    for faults in (3, 6):
+        options = ["--device", "sim", "--faults", str(faults), "--tokens", "100", "--round-s", "1", "--state", str(state)]
+        command = [sys.executable, "-m", "tests.multi_gpu.soak", *options]
+        done = subprocess.run(command, cwd=cases.ROOT, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0 and "reached: " in done.stdout, done.stdout + done.stderr
+        assert json.loads(state.read_text())["faults"] == faults

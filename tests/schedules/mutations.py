@@ -90,8 +90,6 @@ WARP = (
         "  warp_sync();\n  for (int p = step_first >", "  for (int p = step_first >", **TSAN),
     gone("mailbox_without_warp_sync", "lanes publish a plan that lane 0 is still choosing", "mailbox.cuh",
          "    warp_sync();  // lane 0's choice of rows, before every lane publishes\n", **TSAN),
-    gone("mailbox_chooses_early", "lane 0 chooses rows while lanes still publish the last choice", "mailbox.cuh",
-         "    warp_sync();  // before lane 0 chooses again\n", **TSAN),
 )  # fmt: skip
 RING = (
     one("expect_too_few_bytes", "a stage is full before its last bytes are there", "stream.cuh",
