@@ -261,11 +261,7 @@ def main() -> int:
     except (AssertionError, FaultError) as error:
         print(f"FAILED in round {soak.state['rounds'] + 1}: {error}")
         return 1
-    total = {
-        name: value if isinstance(value, int) else round(value, 1)
-        for name, value in soak.state.items()
-        if not isinstance(value, dict)
-    }
+    total = {name: round(value) for name, value in soak.state.items() if not isinstance(value, dict)}
     print(f"{'reached' if soak.reached() else 'not reached yet, run it again'}: {total}, {dict(soak.state['by_end'])}")
     return 0
 
