@@ -4,6 +4,14 @@
 
 #include "machine.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" void __asan_poison_memory_region(const void* p, size_t bytes);
+extern "C" void __asan_unpoison_memory_region(const void* p, size_t bytes);
+#else
+static void __asan_poison_memory_region(const void*, size_t) {}
+static void __asan_unpoison_memory_region(const void*, size_t) {}
+#endif
+
 namespace imex {
 namespace sim {
 
@@ -33,7 +41,7 @@ struct Memory {
   ~Memory() {
     memory_teardown();
     if (stacks) munmap(stacks, stacks_bytes);
-    if (shared) munmap(shared, shared_bytes);
+    if (shared) __asan_unpoison_memory_region(shared, shared_bytes), munmap(shared, shared_bytes);
     if (landed) munmap(landed, shared_bytes);
     if (views) munmap(views, 2 * shared_bytes);
     free(machine.fibers), free(machine.warps), free(machine.blocks), free(machine.ready);
@@ -80,6 +88,7 @@ bool set_up(Memory& memory) {
     block.index = b;
     block.rank_idx = b / m.shape.num_blocks;
     block.shared = memory.shared + b * shared_stride;
+    __asan_poison_memory_region(block.shared + m.shape.smem_bytes, shared_stride - m.shape.smem_bytes);
     block.mbar_view = (View*)(memory.views + 2 * b * shared_stride);
     block.landed_shared = memory.landed ? memory.landed + b * shared_stride : nullptr;
     block.alive = kThreads;
