@@ -1,7 +1,7 @@
 """Hunts mutations and writes who caught what, after how many runs and seconds.
 
-python -m tests.schedules.hunt [name …]            a table of all, or of some
-python -m tests.schedules.hunt --by schedules NAME one hunt, in this process
+python -m tests.schedules.hunt [name …]             rows of the table in docs/schedules.md, of all or of some
+python -m tests.schedules.hunt --by schedules NAME  one hunt, in this process
 """
 
 from __future__ import annotations
@@ -36,8 +36,23 @@ class Found:
     seconds: float
     what: str
 
-    def __str__(self) -> str:
-        return f"{self.by}, {self.runs} run(s), {self.seconds:.1f} s: {self.what}"
+    @property
+    def kind(self) -> str:
+        """What was seen, in a word or two."""
+        return next((kind for words, kind in KINDS if words in self.what), "wrong bits")
+
+
+NAMES = {"schedules": "schedules", "threads": "schedules of threads", "tsan": "ThreadSanitizer", "drill": "drill"}
+KINDS = (  # text of a find -> its kind
+    ("race", "race"), ("deadlock", "deadlock"), ("a wait", "a wait gave up"), ("misused", "misuse"), ("no end", "no end"),
+    ("crash", "crash"), ("stopped", "no end"), ("announced", "a record that was not there"),
+)  # fmt: skip
+
+
+def row(name: str, found: Found | None) -> str:
+    """One of the table in docs/schedules.md."""
+    seen = f"{NAMES[found.by]}: {found.kind} | {found.runs} runs, {found.seconds:.0f} s" if found else "**nobody** | "
+    return f"| `{name}` | {MUTATIONS[name].breaks} | {seen} |"
 
 
 def source_of(name: str) -> Path:
@@ -139,8 +154,7 @@ def main() -> int:
             print("caught " + said)
         return 3 if said else 0
     for name in args.names or MUTATIONS:
-        began = time.monotonic()
-        print(f"{name} | {first_to_find(name) or f'nobody, {time.monotonic() - began:.0f} s'}", flush=True)
+        print(row(name, first_to_find(name)), flush=True)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
@@ -29,6 +30,12 @@ def compiler():
 def test_mutation(name):
     mutation = MUTATIONS[name]
     assert hunt.hunt(name, mutation.by), f"{name} ({mutation.breaks}) got past: {mutation.by}"
+
+
+def test_every_mutation_is_in_the_table():
+    text = (hunt.ROOT / "docs" / "schedules.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \|(?!.*nobody)", text, re.MULTILINE)
+    assert sorted(listed) == sorted(MUTATIONS)
 
 
 def test_every_patch_still_fits(tmp_path):
