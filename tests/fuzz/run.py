@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import resource
 import shutil
 import signal
@@ -36,22 +37,32 @@ def one_sentence(error: ValueError) -> None:
 
 def fuzz(name: str, count: int, number: int) -> int:
     """In this process. How many inputs were tried; raises for a find."""
-    target, tried, last = TARGETS[name], 0, folder() / "last"
+    target, tried = TARGETS[name], 0
+    last = os.open(folder() / "last", os.O_RDWR | os.O_CREAT)  # for whoever finds this process dead
 
-    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False)
-    @seed(number)
-    @given(target.strategy)
-    def attempt(value) -> None:
+    def one(value) -> None:
         nonlocal tried
         tried += 1
-        last.write_text(repr(value)[:100_000])  # for whoever finds this process dead
-        signal.alarm(INPUT_S)
+        os.ftruncate(last, 0)
+        os.pwrite(last, repr(value)[:10_000].encode(errors="replace"), 0)
+        signal.setitimer(signal.ITIMER_REAL, INPUT_S)
         try:
             target.act(value)
         except ValueError as error:
             one_sentence(error)
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    if target.make is not None:
+        for i in range(count):
+            one(target.make(number * 1_000_000 + i))
+        return tried
+
+    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False)
+    @seed(number)
+    @given(target.strategy)
+    def attempt(value) -> None:
+        one(value)
 
     attempt()
     return tried

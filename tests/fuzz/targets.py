@@ -1,6 +1,7 @@
 """What strangers and users may hand in, and the code that must take it or refuse it in one sentence.
 
-A target is a Hypothesis strategy and a function. The function may return, or raise ValueError with a short sentence; anything else is a
+A target makes inputs, by a Hypothesis strategy or from the numbers 0, 1, 2, … (quicker: good files with random damage), and has a function
+that takes one. The function may return, or raise ValueError with a short sentence; anything else is a
 find. Names of the targets are those of the command line of tests/fuzz/run.py.
 """
 
@@ -43,9 +44,10 @@ COUNTS = (0, 1, 255, 2**31, 2**32 - 1, 2**48, 2**63, 2**64 - 1)  # what may stan
 
 @dataclass(frozen=True)
 class Target:
-    strategy: st.SearchStrategy
-    act: Callable[[object], None]
     inputs: int  # of the whole run
+    act: Callable[[object], None]
+    strategy: st.SearchStrategy | None
+    make: Callable[[int], object] | None = None
 
 
 @cache
@@ -96,7 +98,10 @@ def config_file(data: bytes) -> None:
 
 
 JSON_TEXT = ANYTHING.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=60)
-CONFIG_BYTES = JSON_TEXT | SEED.map(lambda seed: damage(json.dumps(TINY).encode(), seed, 0, 1000))
+
+
+def damaged_config(number: int) -> bytes:
+    return damage(json.dumps(TINY).encode(), number, 0, 1000)
 
 
 # ------------------------------------------------------------------------------------------------ safetensors
@@ -118,13 +123,14 @@ SAFETENSORS_ENTRY = st.fixed_dictionaries(
         "data_offsets": st.lists(HUGE | st.integers(-2, 2), max_size=3) | SCALARS,
     },
 )
-SAFETENSORS_BYTES = (
-    st.dictionaries(
-        st.sampled_from(["model.norm.weight", "__metadata__", "a", ""]), SAFETENSORS_ENTRY | SCALARS, max_size=3
-    ).map(_header)
-    | SEED.map(lambda seed: damage(good_safetensors(), seed, 0, 8 + int.from_bytes(good_safetensors()[:8], "little")))
-    | st.binary(max_size=40)
-)
+SAFETENSORS_BYTES = st.dictionaries(
+    st.sampled_from(["model.norm.weight", "__metadata__", "a", ""]), SAFETENSORS_ENTRY | SCALARS, max_size=3
+).map(_header) | st.binary(max_size=40)
+
+
+def damaged_safetensors(number: int) -> bytes:
+    data = good_safetensors()
+    return damage(data, number, 0, 8 + int.from_bytes(data[:8], "little"))
 
 
 def safetensors(data: bytes) -> None:
@@ -179,11 +185,14 @@ GGUF_TENSOR = st.tuples(
     st.sampled_from(["token_embd.weight", "output_norm.weight", "blk.0.attn_q.weight", "blk.9999.attn_q.weight", "x"]),
     st.lists(HUGE, max_size=5), st.integers(0, 40), HUGE,
 )  # fmt: skip
-GGUF_BYTES = (
-    SEED.map(lambda seed: damage(good_gguf()[0], seed, 0, good_gguf()[1]))
-    | st.builds(_gguf_of, st.dictionaries(GGUF_KEY, GGUF_VALUE, max_size=4), st.lists(GGUF_TENSOR, max_size=3))
-    | st.binary(max_size=40)
-)
+GGUF_BYTES = st.builds(
+    _gguf_of, st.dictionaries(GGUF_KEY, GGUF_VALUE, max_size=4), st.lists(GGUF_TENSOR, max_size=3)
+) | st.binary(max_size=40)
+
+
+def damaged_gguf(number: int) -> bytes:
+    data, header_bytes = good_gguf()
+    return damage(data, number, 0, header_bytes)
 
 
 def gguf(data: bytes) -> None:
@@ -230,11 +239,14 @@ TEMPLATE = st.text(string.printable, max_size=60) | st.lists(
 ).map(" ".join)  # fmt: skip
 TOKENIZER_FILES = st.fixed_dictionaries(
     {"tokenizer.json": st.builds(lambda s, v: json.dumps(_changed(good_tokenizer(), s, v)).encode(), SEED, PLAUSIBLE | ANYTHING)
-                       | SEED.map(lambda seed: damage(json.dumps(good_tokenizer()).encode(), seed, 0, 2000))
                        | st.binary(max_size=30) | st.builds(lambda: json.dumps(good_tokenizer()).encode())},
     optional={"tokenizer_config.json": JSON_TEXT | st.builds(
         lambda template, bos: json.dumps({"chat_template": template, "bos_token": bos}).encode(), TEMPLATE | ANYTHING, ANYTHING)},
 )  # fmt: skip
+
+
+def damaged_tokenizer(number: int) -> dict[str, bytes]:
+    return {"tokenizer.json": damage(json.dumps(good_tokenizer()).encode(), number, 0, 2000)}
 
 
 def tokenizer(files: dict[str, bytes]) -> None:
@@ -303,13 +315,17 @@ def sampling(options: dict) -> None:
 
 TARGETS = {
     "config_fields": Target(
-        st.dictionaries(st.sampled_from(FIELDS), PLAUSIBLE | ANYTHING | ROPE, max_size=4), config_fields, 20_000
+        12_000, config_fields, st.dictionaries(st.sampled_from(FIELDS), PLAUSIBLE | ANYTHING | ROPE, max_size=4)
     ),
-    "config_any": Target(ANYTHING, ModelConfig.from_dict, 5_000),
-    "config_file": Target(CONFIG_BYTES, config_file, 10_000),
-    "safetensors": Target(SAFETENSORS_BYTES, safetensors, 20_000),
-    "gguf": Target(GGUF_BYTES, gguf, 20_000),
-    "tokenizer": Target(TOKENIZER_FILES, tokenizer, 12_000),
-    "descriptor": Target(REQUEST, descriptor, 15_000),
-    "sampling": Target(SAMPLING, sampling, 20_000),
+    "config_any": Target(3_000, ModelConfig.from_dict, ANYTHING),
+    "config_file": Target(4_000, config_file, JSON_TEXT),
+    "config_damaged": Target(15_000, config_file, None, damaged_config),
+    "safetensors": Target(5_000, safetensors, SAFETENSORS_BYTES),
+    "safetensors_damaged": Target(16_000, safetensors, None, damaged_safetensors),
+    "gguf": Target(6_000, gguf, GGUF_BYTES),
+    "gguf_damaged": Target(20_000, gguf, None, damaged_gguf),
+    "tokenizer": Target(5_000, tokenizer, TOKENIZER_FILES),
+    "tokenizer_damaged": Target(12_000, tokenizer, None, damaged_tokenizer),
+    "descriptor": Target(8_000, descriptor, REQUEST),
+    "sampling": Target(8_000, sampling, SAMPLING),
 }

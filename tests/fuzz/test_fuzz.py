@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -36,7 +37,7 @@ def test_it_would_be_found(monkeypatch):
     assert sum(target.inputs for target in TARGETS.values()) > 100_000
     with pytest.raises(AssertionError):
         module.one_sentence(ValueError("two\nlines"))
-    monkeypatch.setitem(TARGETS, "broken", module.TARGETS["config_any"].__class__(TARGETS["config_any"].strategy, _broken, 100))
+    monkeypatch.setitem(TARGETS, "broken", replace(TARGETS["config_any"], act=_broken))
     with pytest.raises(KeyError):
         module.fuzz("broken", 50, 0)
 
