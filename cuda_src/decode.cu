@@ -76,6 +76,7 @@ DEV void consume(Block& b) {
     }
     if (!decode_step(b) || shape().only_phase) break;
   }
+  b.waiter.failed = warp_any(b.waiter.failed);  // by the vote the block leaves whole, but not every lane has given up
   hand_over_mark(b, kUnitExit);
   report_fault(b);
 }

@@ -9,7 +9,7 @@ IDLE = (
     "DEV void push_units(Block& b, Producer& p, const Matrix& given) {\n  Matrix m = given;\n"
     "  if (m.num_blocks > 1 && m.index == --m.num_blocks) m.index = m.units;\n",
 )
-IDLE_CLAIMS = ("i < kClaims && per_use; i++)", "i < kClaims && per_use && m.index < m.units; i++)")
+IDLE_CLAIMS = ("i < kClaims && per_use && b.lane == 0; i++)", "i < kClaims && per_use && m.index < m.units && b.lane == 0; i++)")
 ADMIT = "  fence_sys();  // the descriptor was seen: now what the host wrote before it is, too\n"
 SYNC_RENEW = "    consumer_sync();\n    ROLLED for (u32 r ="
 WORDS = (
@@ -18,7 +18,8 @@ WORDS = (
     one("epochs_repeat", "words of two steps ago are taken for this step's", "block.cuh",
         "return step % shape().renew_steps *", "return (step & 1) *"),
     one("epoch_zero", "zeroed memory is taken for words", "block.cuh", "epochs_per_step() + layer + 1", "epochs_per_step() + layer"),
-    one("down_awaits_this_layer", "qkv waits for the wrong epoch", "decode.cu", "gate ? epoch : epoch - 1", "epoch"),
+    one("down_awaits_this_layer", "qkv waits for the wrong epoch", "decode.cu",
+        "down_exchange(), epoch - 1, phase", "down_exchange(), epoch, phase"),
     one("one_plan_buffer", "a plan is overwritten before every block has read it", "plan.cuh",
         "(step & 1) * plan_width()", "0 * plan_width()"),
     one("one_sum_buffer", "down sums overwrite o sums that a late block still reads", "exchange.cuh",
@@ -70,12 +71,11 @@ LEAVING = (
     gone("abort_not_looked_at", "a wait without a deadline outlives the kernel", "faults.cuh",
          "  if (aborted(params)) return true;\n", **DRILL),
     one("stage_counted_after_failure", "a producer that was held up waits for a stage that it never filled (was here once)",
-        "stream.cuh", "int unit) {\n  if (!take_stage(b, p, unit)) return;\n  mbar_arrive",
-        "int unit) {\n  if (!take_stage(b, p, unit)) p.num_filled++;\n  if (b.waiter.failed) return;\n  mbar_arrive"),
-    one("lanes_leave_one_by_one", "lanes that give up leave the others at a collective (was here once)", "stream.cuh",
-        "if (warp_any(b.waiter.failed)) return;  // all", "if (b.waiter.failed) return;  // all", **DRILL),
-    gone("hand_over_lane_by_lane", "the same where partial sums are handed over (was here until a drill found it)", "stream.cuh",
-         "  b.waiter.failed = warp_any(b.waiter.failed);", **DRILL),
+        "stream.cuh", "if (!take_stages(b, p, 1, unit)) return;", "if (!take_stages(b, p, 1, unit)) return pass_stages(p, 1);"),
+    one("producer_lane_by_lane", "lanes that give up leave the others at a collective (was here twice, elsewhere)", "stream.cuh",
+        "return !(b.waiter.failed = warp_any(b.waiter.failed));", "return !b.waiter.failed;", **DRILL),
+    one("adder_lane_by_lane", "the same where partial sums are added", "adders.cuh",
+        "if (warp_any(b.waiter.failed)) return;", "if (b.waiter.failed) return;", **DRILL),
     one("leaves_without_a_vote", "a block's warps do not leave together", "words.cuh", "  return all_well(b);\n}\n\n}  // namespace",
         "  consumer_sync();\n  return !b.waiter.failed;\n}\n\n}  // namespace", **THREADS),
 )  # fmt: skip
