@@ -138,7 +138,7 @@ Shape = _struct(
     ("world_size", "u4"),
     ("num_blocks", "u4"),  # blocks of one rank
     ("ring_stages", "u4"),
-    ("window", "u4"),  # tiles in flight at once
+    ("window", "u4"),  # tiles in flight at once, at least a group of two: its second waits for what left before its first
     # the plan
     ("max_rows", "u4"),
     ("one_shot_rows", "u4"),  # steps of at most so many rows exchange ONE_SHOT

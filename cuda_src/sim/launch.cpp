@@ -54,12 +54,13 @@ u32 draw_policy(u32 slow) {  // eager, slow, or only when it must be
   return kind == 0 ? 1 : kind == 1 ? slow : 0;
 }
 
-// A few warps run only when nobody else can: none, up to three of them, or those of one role in all blocks.
+// A few warps run only when nobody else can: none, up to three of them, those of one role in all blocks, or those of one block.
 void starve() {
   Machine& m = machine;
-  const u32 kind = random_u64() % 3, role = random_u64() % kNumWarps;
+  const u32 kind = random_u64() % 4, role = random_u64() % kNumWarps, block = random_u64() % m.num_blocks;
   for (u32 i = random_u64() % 3 + 1; i && kind == 1; i--) m.warps[random_u64() % m.num_warps].starved = true;
   for (u32 w = 0; w < m.num_warps && kind == 2; w++) m.warps[w].starved = w % kNumWarps == role;
+  for (u32 w = 0; w < kNumWarps && kind == 3; w++) m.blocks[block].warps[w].starved = true;
 }
 
 bool set_up(Memory& memory) {

@@ -121,7 +121,7 @@ def configuration(number: int, lanes: int | None = None) -> Configuration:
     }  # fmt: skip
     stages = int(rng.integers(4, 13))
     case = Case(f"schedule{number}", number, config, blocks, (), options)
-    window = int(rng.integers(1, min(stages, 4)))
+    window = max(2, int(rng.integers(1, min(stages, 4))))  # tiles move in groups of up to two
     return Configuration(number, lanes, case, stages, window, tuple(requests), int(rng.choice([1, 2, 4, 1 << 20])))
 
 

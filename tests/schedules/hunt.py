@@ -72,7 +72,10 @@ def _known_kernels(lanes: int, **build):
             kernel = Kernel(configuration(number, lanes), DEADLINE_US, **build)
             kernel.timeout_s = 10
             mutant, kernel.kernel = kernel.kernel, SimKernel(_library(lanes, cxx=QUICK_CXX), kernel.shape)
-            known = kernel.run(Schedule(0))
+            try:
+                known = kernel.run(Schedule(0))
+            except (Wrong, DeviceError) as error:
+                raise RuntimeError(f"the kernel as it is fails in configuration {number}: {error}") from None
             kernel.kernel = mutant
         yield seed, kernel, known
 
@@ -124,7 +127,7 @@ def hunt(name: str, by: str) -> Found | None:
         why = f"crash, status {done.returncode}" + (f": {done.stderr.splitlines()[-1][:120]}" if done.stderr else "")
     except subprocess.TimeoutExpired as error:
         out, crashed, why = (error.stdout or b"").decode(), True, "no end"
-    if "does not compile" in why or "mutation " in why:
+    if "does not compile" in why or "mutation " in why or "as it is" in why:
         raise RuntimeError(why)
     runs = out.count("runs ")
     said = [line.removeprefix("caught ") for line in out.splitlines() if line.startswith("caught ")]

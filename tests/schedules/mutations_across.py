@@ -9,7 +9,10 @@ IDLE = (
     "DEV void push_units(Block& b, Producer& p, const Matrix& given) {\n  Matrix m = given;\n"
     "  if (m.num_blocks > 1 && m.index == --m.num_blocks) m.index = m.units;\n",
 )
-IDLE_CLAIMS = ("i < kClaims && per_use && b.lane == 0; i++)", "i < kClaims && per_use && m.index < m.units && b.lane == 0; i++)")
+IDLE_CLAIMS = (
+    "i < kClaims && per_use && b.lane == 0; i++)",
+    "i < kClaims && per_use && m.index < m.units && b.lane == 0; i++)",
+)
 ADMIT = "  fence_sys();  // the descriptor was seen: now what the host wrote before it is, too\n"
 SYNC_RENEW = "    consumer_sync();\n    ROLLED for (u32 r ="
 WORDS = (
@@ -86,8 +89,6 @@ RENEW = (
     one("renew_without_second_meeting", "words of the next step are zeroed", "renew.cuh",
         SYNC_RENEW, "    if (meeting) break;\n" + SYNC_RENEW),
     one("renew_without_barrier", "a block is at the meeting before all its zeros are", "renew.cuh", SYNC_RENEW, "    ROLLED for (u32 r ="),
-    one("renew_without_writer_fence", "words of the next step are overtaken by zeros", "renew.cuh",
-        "      fence_sys();\n      store_words", "      store_words"),
     one("renew_with_one_set_of_words", "who is late at the first meeting finds the second's words", "renew.cuh",
         "meeting * sources * 2", "0 * sources * 2"),
 )  # fmt: skip

@@ -45,7 +45,9 @@ def environment(kind: str) -> dict[str, str]:
     if kind == "tsan":
         return hostcc.tsan_environment()
     if kind == "asan":
-        library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+        library = subprocess.run(
+            ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         return {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}  # Python's own
     return {**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1"}
 

@@ -61,7 +61,11 @@ def test_it_would_be_found(tmp_path):
     """Claim counters of a step too many, and activations multiplied with what follows the ring."""
     for name, old, new in (
         ("stream.cuh", "+ layer * per_layer + which", "+ layer * per_layer + which + 2 * per_step"),
-        ("stream.cuh", "multiply(acc, ring_stage(b, b.ring.stage),", "multiply(acc, ring_stage(b, b.ring.stage) + kStageBytes,"),
+        (
+            "stream.cuh",
+            "multiply(acc, ring_stage(b, b.ring.stage),",
+            "multiply(acc, ring_stage(b, b.ring.stage) + kStageBytes,",
+        ),
     ):
         mutant = Mutation("beyond", "an address", ((name, old, new),)).apply(tmp_path)
         hostcc.build(1, mutant, cxx=sanitized.ASAN)
