@@ -99,7 +99,8 @@ RING = (
         "mbar_arrive_expect(&b.shared->full[stage], size);", "mbar_arrive_expect(&b.shared->full[stage], size - 16);"),
     Mutation("stage_freed_early", "a stage is refilled while it is multiplied",
              (("stream.cuh", "    if (!wait_stages(b, size(group))) return false;\n",
-               "    const RingCursor here = b.ring;\n    if (!wait_stages(b, size(group))) return false;\n    release_stages(b, size(group));\n"),
+               "    const RingCursor here = b.ring;\n    if (!wait_stages(b, size(group))) return false;\n"
+               "    release_stages(b, size(group));\n"),
               ("stream.cuh", "ring_stage(b, ahead(b.ring, i).stage), activations", "ring_stage(b, ahead(here, i).stage), activations"),
               ("stream.cuh", "if (group == 0) unit = b.shared->unit[b.ring.stage];", "if (group == 0) unit = b.shared->unit[here.stage];"),
               ("stream.cuh", "  release_stages(b, size(0));\n", ""),
