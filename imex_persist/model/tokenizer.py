@@ -60,6 +60,12 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError):
             raise ValueError("the prompt has characters that UTF-8 cannot encode (lone surrogates); remove them") from None
+        except (
+            Exception
+        ) as error:  # the package raises plain Exception, such as for an unknown token that it does not have either
+            raise ValueError(
+                f"the model's tokenizer cannot read this prompt ({one_line(error)}); download tokenizer.json again"
+            ) from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of all of `token_ids` at once."""
@@ -96,7 +102,7 @@ def _template_of(folder: Path, settings: dict[str, Any]) -> str | None:
             raise ValueError(f"{path} is not UTF-8 text; download it again") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict) and isinstance(t.get("name"), str)}
         template = named.get("default")
     if template is not None and not isinstance(template, str):
         raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template must be text; download it again")
