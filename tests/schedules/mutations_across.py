@@ -9,10 +9,7 @@ IDLE = (
     "DEV void push_units(Block& b, Producer& p, const Matrix& given) {\n  Matrix m = given;\n"
     "  if (m.num_blocks > 1 && m.index == --m.num_blocks) m.index = m.units;\n",
 )
-IDLE_CLAIMS = (
-    "i < kClaims && per_use && b.lane == 0; i++)",
-    "i < kClaims && per_use && m.index < m.units && b.lane == 0; i++)",
-)
+IDLE_CLAIMS = ("i < kClaims && per_use; i++)", "i < kClaims && per_use && m.index < m.units; i++)")
 ADMIT = "  fence_sys();  // the descriptor was seen: now what the host wrote before it is, too\n"
 SYNC_RENEW = "    consumer_sync();\n    ROLLED for (u32 r ="
 WORDS = (
@@ -52,7 +49,7 @@ MAILBOX = (
     one("two_steps_ahead", "a plan overwrites one that is not read yet", "mailbox.cuh",
         "m.published <= m.done + 1", "m.published <= m.done + 2"),
     one("step_not_awaited", "tokens are handed out before they are sampled", "mailbox.cuh",
-        "mbar_test_now(&b.shared->step_end[m.done & 1], m.done >> 1 & 1)", "true"),
+        "mbar_test_now({&b.shared->step_end[m.done & 1], m.done >> 1 & 1})", "true"),
     Mutation("one_token_buffer", "tokens of the next step overwrite those the mailbox still reads",
              (("phases/sample.cuh", "tokens[b.step & 1][row]", "tokens[0][row]"), ("plan.cuh", "tokens[(b.step & 1) ^ 1]", "tokens[0]"),
               ("mailbox.cuh", "m.shared->tokens[parity][r]", "m.shared->tokens[0][r]")), **TSAN),
@@ -74,11 +71,14 @@ LEAVING = (
     gone("abort_not_looked_at", "a wait without a deadline outlives the kernel", "faults.cuh",
          "  if (aborted(params)) return true;\n", **DRILL),
     one("stage_counted_after_failure", "a producer that was held up waits for a stage that it never filled (was here once)",
-        "stream.cuh", "if (!take_stages(b, p, 1, unit)) return;", "if (!take_stages(b, p, 1, unit)) return pass_stages(p, 1);"),
-    one("producer_lane_by_lane", "lanes that give up leave the others at a collective (was here twice, elsewhere)", "stream.cuh",
-        "return !(b.waiter.failed = warp_any(b.waiter.failed));", "return !b.waiter.failed;", **DRILL),
+        "stream.cuh", "if (!take_stage(b, p, unit)) return;\n  mbar_arrive(",
+        "if (!take_stage(b, p, unit)) return pass_stage(p);\n  mbar_arrive("),
+    Mutation("consumer_lane_by_lane", "lanes that give up leave the others at a collective (was here twice)",
+             (("stream.cuh", "mbar_wait_warp(b.waiter, Wait::kTile, full, full2,", "mbar_wait(b.waiter, Wait::kTile, false, full, full2,"),
+              ("stream.cuh", "mbar_wait_warp(b.waiter, Wait::kTile, full, also", "mbar_wait(b.waiter, Wait::kTile, false, full, also")),
+             **DRILL),
     one("adder_lane_by_lane", "the same where partial sums are added", "adders.cuh",
-        "if (warp_any(b.waiter.failed)) return;", "if (b.waiter.failed) return;", **DRILL),
+        "mbar_wait_warp(b.waiter, Wait::kPartial, done)", "mbar_wait(b.waiter, Wait::kPartial, false, done)", **DRILL),
     one("leaves_without_a_vote", "a block's warps do not leave together", "words.cuh", "  return all_well(b);\n}\n\n}  // namespace",
         "  consumer_sync();\n  return !b.waiter.failed;\n}\n\n}  // namespace", **THREADS),
 )  # fmt: skip
