@@ -4,7 +4,10 @@
 #   make test          all tests that need no GPU                            make test-full: the long ones too
 #   make test-oracle   the reference against transformers (installs torch)   TORCH=torch==… pins it
 #   make simulate      the kernel under SEEDS=1000 seeded schedules          FIRST=seed, LANES=1 or 32; what fails says how to run it again
+#   make fuzz          files and requests from strangers, 10⁵ of them        SHARE=1 is all, less is a part
 #   make test-gpu      tests on this machine's GPU; installs nothing         PYTHON=python3 names the interpreter
+#   make sanitize      compute-sanitizer on the phase tests, on a GPU
+#   make soak          two GPUs under load and faults for eight minutes      again: it goes on from STATE=soak.json
 #   make lint          ruff, clang-format, rules of the tree                 make format, make abi
 #
 SHELL := /bin/bash
@@ -20,7 +23,7 @@ CUDA_FILES = $$(git ls-files -co --exclude-standard 'cuda_src/*.cu' 'cuda_src/*.
 PY_DIRS := imex_persist tests $(wildcard examples)
 NO_REGISTRY = echo "pip could not install $(1) (its own words are above): a package registry must be reachable, see PIP_INDEX_URL" >&2; exit 1
 
-.PHONY: help demo test test-full simulate test-oracle test-gpu lint format abi wheel clean
+.PHONY: help demo test test-full simulate fuzz test-oracle test-gpu sanitize soak lint format abi wheel clean
 help:
 	@sed -n '1,/^$$/{/^#/s/^# \{0,1\}//p}' Makefile | sed '/^SHELL/,$$d'
 
@@ -61,12 +64,21 @@ test-full: $(VENV)/.dev
 simulate: $(VENV)/.dev
 	@$(BIN)/python -m tests.schedules.campaign --seeds $(or $(SEEDS),1000) --first $(or $(FIRST),0) --jobs $(JOBS) $(if $(LANES),--lanes $(LANES))
 
+fuzz: $(VENV)/.dev
+	@$(BIN)/python -m tests.fuzz.run --share $(or $(SHARE),1)
+
 test-oracle: $(VENV)/.oracle
 	$(PYTEST) -n $(JOBS) tests/oracle
 
 test-gpu:
 	@$(PYTHON) -c 'import pytest, numpy, ml_dtypes' || { echo "$(PYTHON) lacks a package that the GPU tests need (its own words are above): pip install '.[dev,cuda13]', or name another PYTHON" >&2; exit 1; }
 	$(PYTHON) -m pytest -p no:cacheprovider tests/gpu tests/model/test_cupy.py $(wildcard tests/multi_gpu)
+
+sanitize:
+	@$(PYTHON) -m tests.gpu.sanitize
+
+soak:
+	@$(PYTHON) -m tests.multi_gpu.soak --state $(or $(STATE),soak.json)
 
 # ---------------------------------------------------------------------------------------------------- keeping tidy
 lint: $(VENV)/.dev

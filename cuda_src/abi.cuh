@@ -38,6 +38,7 @@ constexpr unsigned int kTokenFromRow = 2147483648u;
 constexpr unsigned int kRowSamples = 2147483648u;
 constexpr unsigned int kPlanAligns = 2147483648u;
 constexpr unsigned int kDescriptorMagic = 1229800792u;
+constexpr unsigned int kDescriptorFactor = 2654435761u;
 
 // The phases of a decode step: a file in cuda_src/phases, a reference function, a test, a trace span.
 enum class Phase : unsigned int {
@@ -59,7 +60,7 @@ enum class Wait : unsigned int {
   kPartial = 3,
   kPlan = 4,
   kStep = 5,
-  kEpochs = 6,
+  kCount = 6,
 };
 
 // What the host asks of the resident kernel (Descriptor.command) and rank 0 of all blocks (plan header).
@@ -131,6 +132,7 @@ struct Shape {
   unsigned int num_pages;
   unsigned int pages_per_slot;
   unsigned int num_slots;
+  unsigned int renew_steps;
   unsigned int off_plan;
   unsigned int off_qkv;
   unsigned int off_split;
@@ -142,6 +144,7 @@ struct Shape {
   unsigned int off_down_sum;
   unsigned int off_best;
   unsigned int off_align;
+  unsigned int off_renew;
   unsigned int off_abort;
   unsigned int symmetric_words;
   unsigned int smem_x;
@@ -156,7 +159,7 @@ struct Shape {
   unsigned int trace;
   unsigned int trace_every;
 };
-static_assert(sizeof(Shape) == 192);
+static_assert(sizeof(Shape) == 200);
 IMEX_OFFSET(Shape, hidden_size, 0);
 IMEX_OFFSET(Shape, num_layers, 4);
 IMEX_OFFSET(Shape, num_heads, 8);
@@ -181,30 +184,32 @@ IMEX_OFFSET(Shape, page_size, 80);
 IMEX_OFFSET(Shape, num_pages, 84);
 IMEX_OFFSET(Shape, pages_per_slot, 88);
 IMEX_OFFSET(Shape, num_slots, 92);
-IMEX_OFFSET(Shape, off_plan, 96);
-IMEX_OFFSET(Shape, off_qkv, 100);
-IMEX_OFFSET(Shape, off_split, 104);
-IMEX_OFFSET(Shape, off_attn, 108);
-IMEX_OFFSET(Shape, off_o_part, 112);
-IMEX_OFFSET(Shape, off_o_sum, 116);
-IMEX_OFFSET(Shape, off_gate, 120);
-IMEX_OFFSET(Shape, off_down_part, 124);
-IMEX_OFFSET(Shape, off_down_sum, 128);
-IMEX_OFFSET(Shape, off_best, 132);
-IMEX_OFFSET(Shape, off_align, 136);
-IMEX_OFFSET(Shape, off_abort, 140);
-IMEX_OFFSET(Shape, symmetric_words, 144);
-IMEX_OFFSET(Shape, smem_x, 148);
-IMEX_OFFSET(Shape, smem_part, 152);
-IMEX_OFFSET(Shape, smem_residual, 156);
-IMEX_OFFSET(Shape, smem_rope, 160);
-IMEX_OFFSET(Shape, smem_ring, 164);
-IMEX_OFFSET(Shape, smem_bytes, 168);
-IMEX_OFFSET(Shape, tap, 172);
-IMEX_OFFSET(Shape, only_phase, 176);
-IMEX_OFFSET(Shape, only_layer, 180);
-IMEX_OFFSET(Shape, trace, 184);
-IMEX_OFFSET(Shape, trace_every, 188);
+IMEX_OFFSET(Shape, renew_steps, 96);
+IMEX_OFFSET(Shape, off_plan, 100);
+IMEX_OFFSET(Shape, off_qkv, 104);
+IMEX_OFFSET(Shape, off_split, 108);
+IMEX_OFFSET(Shape, off_attn, 112);
+IMEX_OFFSET(Shape, off_o_part, 116);
+IMEX_OFFSET(Shape, off_o_sum, 120);
+IMEX_OFFSET(Shape, off_gate, 124);
+IMEX_OFFSET(Shape, off_down_part, 128);
+IMEX_OFFSET(Shape, off_down_sum, 132);
+IMEX_OFFSET(Shape, off_best, 136);
+IMEX_OFFSET(Shape, off_align, 140);
+IMEX_OFFSET(Shape, off_renew, 144);
+IMEX_OFFSET(Shape, off_abort, 148);
+IMEX_OFFSET(Shape, symmetric_words, 152);
+IMEX_OFFSET(Shape, smem_x, 156);
+IMEX_OFFSET(Shape, smem_part, 160);
+IMEX_OFFSET(Shape, smem_residual, 164);
+IMEX_OFFSET(Shape, smem_rope, 168);
+IMEX_OFFSET(Shape, smem_ring, 172);
+IMEX_OFFSET(Shape, smem_bytes, 176);
+IMEX_OFFSET(Shape, tap, 180);
+IMEX_OFFSET(Shape, only_phase, 184);
+IMEX_OFFSET(Shape, only_layer, 188);
+IMEX_OFFSET(Shape, trace, 192);
+IMEX_OFFSET(Shape, trace_every, 196);
 
 struct RankParams {
   unsigned long long qkv;

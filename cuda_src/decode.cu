@@ -12,6 +12,7 @@
 #include "phases/embed.cuh"
 #include "phases/attention.cuh"
 #include "phases/sample.cuh"
+#include "renew.cuh"
 
 namespace imex {
 
@@ -61,7 +62,7 @@ DEV bool decode_step(Block& b) {
     if (phase == Phase::kGateUp) append_kv(b);
     if (phase == Phase::kLmHead) break;
   }
-  return (!runs(Phase::kLmHead) || publish_best(b)) && sample(b);
+  return (!runs(Phase::kLmHead) || publish_best(b)) && sample(b) && (!renews(b.step) || renew(b));
 }
 
 DEV void consume(Block& b) {
@@ -73,6 +74,7 @@ DEV void consume(Block& b) {
     }
     if (!decode_step(b) || shape().only_phase) break;
   }
+  b.waiter.failed = warp_any(b.waiter.failed);  // by the vote the block leaves whole, but not every lane has given up
   hand_over_mark(b, kUnitExit);
   report_fault(b);
 }

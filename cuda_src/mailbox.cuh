@@ -104,6 +104,15 @@ DEV void admit(MailboxWarp& m, const Descriptor& d) {
   ROLLED for (u32 i = 0; i < slot.num_stop; i++) slot.stop[i] = load_relaxed_sys(arena_of(m) + d.arena + d.prompt_len + d.num_pages + i);
   slot.active = 1;
 }
+// As in abi.py: one-to-one in every word, so that a line of which a part is old does not fit.
+DEV u32 descriptor_check(const u32* line) {
+  u32 check = kDescriptorMagic;
+  ROLLED for (int i = 0; i < 15; i++) {
+    check = (check ^ line[i]) * kDescriptorFactor;
+    check ^= check >> 15;
+  }
+  return check;
+}
 // Looks at the next descriptor: the poll is the read. One 64-byte line by one warp-wide load, taken if sequence and check match;
 // a line half-written is simply not taken yet. Returns the command, kNone when there is nothing; lane 0's answer counts.
 DEV Command poll_descriptor(MailboxWarp& m) {
@@ -112,9 +121,7 @@ DEV Command poll_descriptor(MailboxWarp& m) {
   warp_sync();
   if (m.lane) return Command::kNone;
   const Descriptor& d = *(const Descriptor*)m.state->line;
-  u32 check = kDescriptorMagic;
-  ROLLED for (int i = 0; i < 16; i++) check ^= m.state->line[i];
-  if (d.sequence != m.next_sequence || check != 0 || !has_room(m)) return Command::kNone;
+  if (d.sequence != m.next_sequence || d.check != descriptor_check(m.state->line) || !has_room(m)) return Command::kNone;
   if (d.command == (u32)Command::kSubmit) admit(m, d);
   if (d.command == (u32)Command::kCancel)
     ROLLED for (u32 i = 0; i < shape().num_slots; i++) {
@@ -222,14 +229,14 @@ DEV void finish_step(MailboxWarp& m) {
   store_relaxed_sys(&m.host->header.steps, m.done);
 }
 
-// Steps whose epochs are all different. The step after the last is never planned: a word of the first step would match it.
-DEV u32 last_step() { return 0xffffffffu / epochs_per_step() - 1; }
+// Steps are counted in 32 bits: two weeks at 0.3 ms each. The step after the last is never planned.
+constexpr u32 kLastStep = 0xfffffffeu;
 
 // Whether the kernel must end without being asked in the ring: another block gave up, the host says stop, or the host is gone.
 DEV bool must_abort(MailboxWarp& m) {
   if (aborted(m.params)) return true;
-  if (m.done >= last_step()) {
-    m.shared->fault = {1, 0, 0, (u32)Wait::kEpochs, last_step(), m.done, 0, m.params->rank};
+  if (m.done >= kLastStep) {
+    m.shared->fault = {1, 0, 0, (u32)Wait::kCount, kLastStep, m.done, 0, m.params->rank};
     fence_sys();  // the note, before the consumers see the abort word and look for it
     raise_abort(m.params);
     return true;
@@ -270,7 +277,7 @@ DEV void run_mailbox(Block& b) {
     if (command) m.next_sequence++;
     leaving |= command == (u32)Command::kShutdown;
     if (m.lane == 0) {
-      const bool may_publish = m.published <= m.done + 1 && m.published < last_step();  // every block has read its buffer's last plan
+      const bool may_publish = m.published <= m.done + 1 && m.published < kLastStep;  // every block has read its buffer's last plan
       if (may_publish && has_room(m)) rows = choose_rows(m);
       if (may_publish && leaving && all_free(m)) news = 2;
       if (polls % kPollsPerCheck == 0 && must_abort(m)) news = kAbort;

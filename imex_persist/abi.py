@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -40,7 +41,8 @@ RECORD_SLOTS = 1024  # entries of the record ring
 TOKEN_FROM_ROW = 0x80000000  # plan: the token is what row (value & 0xff) of the previous step sampled
 ROW_SAMPLES = 0x80000000  # plan: this row's logits are sampled (set in the slot word)
 PLAN_ALIGNS = 0x80000000  # plan: clocks are aligned before this step (set in the header's second word; trace.cuh)
-DESCRIPTOR_MAGIC = 0x494D4558  # "IMEX", folded into every descriptor's check word
+DESCRIPTOR_MAGIC = 0x494D4558  # "IMEX": where a descriptor's check word begins
+DESCRIPTOR_FACTOR = 0x9E3779B1  # odd, so that multiplying by it loses nothing
 
 
 class Phase(enum.IntEnum):
@@ -65,7 +67,7 @@ class Wait(enum.IntEnum):
     PARTIAL = 3  # a unit's partial sums, or their room, between the warps of a block
     PLAN = 4  # the next step's plan
     STEP = 5  # the block's own consumers, before KV pages may be streamed
-    EPOCHS = 6  # nothing: words have run out of epochs, after days of decoding, and the kernel must be started anew
+    COUNT = 6  # nothing: the kernel has run as many steps as it can count, and must be started anew
 
 
 class Command(enum.IntEnum):
@@ -141,7 +143,7 @@ Shape = _struct(
     ("world_size", "u4"),
     ("num_blocks", "u4"),  # blocks of one rank
     ("ring_stages", "u4"),
-    ("window", "u4"),  # tiles in flight at once
+    ("window", "u4"),  # tiles in flight at once, at least a group of two: its second waits for what left before its first
     # the plan
     ("max_rows", "u4"),
     ("one_shot_rows", "u4"),  # steps of at most so many rows exchange ONE_SHOT
@@ -152,6 +154,7 @@ Shape = _struct(
     ("num_pages", "u4"),
     ("pages_per_slot", "u4"),
     ("num_slots", "u4"),
+    ("renew_steps", "u4"),  # epochs begin again after so many steps, a power of two
     # symmetric memory, offsets in words of 8 bytes
     ("off_plan", "u4"),
     ("off_qkv", "u4"),
@@ -164,6 +167,7 @@ Shape = _struct(
     ("off_down_sum", "u4"),
     ("off_best", "u4"),
     ("off_align", "u4"),  # nothing unless `trace` is set
+    ("off_renew", "u4"),
     ("off_abort", "u4"),
     ("symmetric_words", "u4"),
     # shared memory, offsets in bytes
@@ -221,7 +225,7 @@ Descriptor = _struct(  # one 64-byte line, host -> device
     ("max_tokens", "u4"),
     ("min_tokens", "u4"),
     ("_reserved", "u4", 5),
-    ("check", "u4"),  # xor of the other fifteen words and DESCRIPTOR_MAGIC
+    ("check", "u4"),  # descriptor_check of the other fifteen words
 )
 
 TokenRecord = _struct(  # device -> host; `sequence` is stored last, with release
@@ -271,6 +275,17 @@ Mailbox = _struct(  # mapped host memory; the arena of u32 follows
     ("records", TokenRecord, RECORD_SLOTS),
 )
 
+
+def descriptor_check(words: Iterable[int]) -> int:
+    """The check word of a descriptor's other fifteen. Each turn is one-to-one, so a line in which one word is still an old one never
+    fits, and one with several fits as often as 32 random bits do. The xor of all words would forgive two that differ alike."""
+    check = DESCRIPTOR_MAGIC
+    for word in words:
+        check = (check ^ word) * DESCRIPTOR_FACTOR & 0xFFFFFFFF
+        check ^= check >> 15
+    return check
+
+
 STRUCTS = {
     "Shape": Shape,
     "RankParams": RankParams,
@@ -287,7 +302,7 @@ CONSTANTS = (
     "MAX_RANKS MAX_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS "
     "ADDER_WARPS TRACE_WRITERS ALIGN_ROUNDS ALIGN_EVERY ALIGN_SLOTS NUM_WARPS PART_SLOTS MAX_STOP_IDS "
     "PLAN_HEADER_WORDS PLAN_ROW_WORDS SHARED_MAILBOX_BYTES SHARED_HEADER_BYTES DESCRIPTOR_SLOTS RECORD_SLOTS TOKEN_FROM_ROW ROW_SAMPLES "
-    "PLAN_ALIGNS DESCRIPTOR_MAGIC"
+    "PLAN_ALIGNS DESCRIPTOR_MAGIC DESCRIPTOR_FACTOR"
 ).split()
 _C_TYPES = {"u4": "unsigned int", "u8": "unsigned long long", "f4": "float"}
 

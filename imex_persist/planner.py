@@ -87,6 +87,7 @@ def make_shape(
     s["rms_eps"], s["attn_scale"] = config.rms_norm_eps, config.head_dim**-0.5
     s["world_size"], s["num_blocks"], s["window"] = world_size, num_blocks, 3
     s["max_rows"], s["num_slots"] = max_rows, num_slots
+    s["renew_steps"] = 1 << 32 - (config.num_hidden_layers + 2).bit_length()  # most that leave every epoch below 2^32
     s["page_size"], s["pages_per_slot"] = page, pages_per_slot
     s["num_pages"] = num_pages if num_pages is not None else pages_per_slot * num_slots
     s["max_splits"] = max(1, min(abi.MAX_SPLITS, num_blocks // kv_heads))
@@ -183,6 +184,7 @@ def _place_symmetric_memory(s) -> None:
         ("off_down_sum", rows * hidden // 2),
         ("off_best", world * blocks * rows * 2),
         ("off_align", align_words(s)),
+        ("off_renew", 2 * world * blocks * 2),
         ("off_abort", 16),
     ):
         s[field] = offset

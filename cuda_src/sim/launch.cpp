@@ -4,6 +4,14 @@
 
 #include "machine.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" void __asan_poison_memory_region(const void* p, size_t bytes);
+extern "C" void __asan_unpoison_memory_region(const void* p, size_t bytes);
+#else
+static void __asan_poison_memory_region(const void*, size_t) {}
+static void __asan_unpoison_memory_region(const void*, size_t) {}
+#endif
+
 namespace imex {
 namespace sim {
 
@@ -27,13 +35,15 @@ char* map_memory(size_t bytes) {
 struct Memory {
   char* stacks = nullptr;
   char* shared = nullptr;
+  char* landed = nullptr;
   char* views = nullptr;
   size_t stacks_bytes = 0, shared_bytes = 0;
   ~Memory() {
     memory_teardown();
     if (stacks) munmap(stacks, stacks_bytes);
-    if (shared) munmap(shared, shared_bytes);
-    if (views) munmap(views, shared_bytes);
+    if (shared) __asan_unpoison_memory_region(shared, shared_bytes), munmap(shared, shared_bytes);
+    if (landed) munmap(landed, shared_bytes);
+    if (views) munmap(views, 2 * shared_bytes);
     free(machine.fibers), free(machine.warps), free(machine.blocks), free(machine.ready);
     machine.fibers = nullptr, machine.warps = nullptr, machine.blocks = nullptr, machine.ready = nullptr;
   }
@@ -42,6 +52,15 @@ struct Memory {
 u32 draw_policy(u32 slow) {  // eager, slow, or only when it must be
   const u32 kind = random_u64() % 3;
   return kind == 0 ? 1 : kind == 1 ? slow : 0;
+}
+
+// A few warps run only when nobody else can: none, up to three of them, those of one role in all blocks, or those of one block.
+void starve() {
+  Machine& m = machine;
+  const u32 kind = random_u64() % 4, role = random_u64() % kNumWarps, block = random_u64() % m.num_blocks;
+  for (u32 i = random_u64() % 3 + 1; i && kind == 1; i--) m.warps[random_u64() % m.num_warps].starved = true;
+  for (u32 w = 0; w < m.num_warps && kind == 2; w++) m.warps[w].starved = w % kNumWarps == role;
+  for (u32 w = 0; w < kNumWarps && kind == 3; w++) m.blocks[block].warps[w].starved = true;
 }
 
 bool set_up(Memory& memory) {
@@ -58,17 +77,24 @@ bool set_up(Memory& memory) {
   memory.shared_bytes = m.num_blocks * shared_stride;
   memory.stacks = map_memory(memory.stacks_bytes);
   memory.shared = map_memory(memory.shared_bytes);
-  memory.views = map_memory(memory.shared_bytes);
+  memory.views = map_memory(2 * memory.shared_bytes);
   if (!m.fibers || !m.warps || !m.blocks || !m.ready || !memory.stacks || !memory.shared || !memory.views) return false;
   memset(memory.shared, 0xff, memory.shared_bytes);  // NaN until somebody writes
+  if (m.config.delay_copies) {
+    if (!(memory.landed = map_memory(memory.shared_bytes))) return false;
+    memset(memory.landed, 0xff, memory.shared_bytes);
+  }
   for (u32 b = 0; b < m.num_blocks; b++) {
     Block& block = m.blocks[b];
     block.index = b;
     block.rank_idx = b / m.shape.num_blocks;
     block.shared = memory.shared + b * shared_stride;
-    block.mbar_view = (u64*)(memory.views + b * shared_stride);
+    __asan_poison_memory_region(block.shared + m.shape.smem_bytes, shared_stride - m.shape.smem_bytes);
+    block.mbar_view = (View*)(memory.views + 2 * b * shared_stride);
+    block.landed_shared = memory.landed ? memory.landed + b * shared_stride : nullptr;
     block.alive = kThreads;
     block.hold = draw_policy(8 << random_u64() % 4);
+    block.hold_plain = draw_policy(8 << random_u64() % 4);
     block.copy_hold = draw_policy(2 << random_u64() % 4);
     block.stale = random_u64() % 3;
     block.warps = m.warps + b * (kThreads / LANES);
@@ -83,6 +109,7 @@ bool set_up(Memory& memory) {
     }
   }
   for (u32 w = 0; w < m.num_warps; w++) m.warps[w].priority = (1ull << 40) + random_u64() % (1ull << 40);
+  if (m.config.stalls) starve();
   for (u64& step : m.change_at) step = m.config.pct_steps ? random_u64() % m.config.pct_steps : 0;
   if (!memory_setup()) return false;
   for (u32 i = 0; i < m.num_fibers; i++) {

@@ -40,18 +40,27 @@ struct SimConfig {
   u32 delay_stores;  // weak memory: stores wait in their block's buffer, loads may be stale
   u32 delay_copies;  // bulk copies land late and in pieces
   u32 split_words;   // the halves of a 16-byte store of two words may land apart
-  u32 stalls;        // whole blocks stand still for a random while
+  u32 stalls;        // blocks and single warps stand still for a random while
   u32 pct_depth;     // PCT: priority changes in a run
   u32 pct_steps;     // PCT: dispatches among which the changes are spread
   OnDeadlock on_deadlock;
+  u64 abort_step;  // dispatch at which every rank's abort word is raised; 0: never
+  u64 host_bytes;  // of mailbox and arena: what the host writes there may be stale until a fence_sys; 0: never
 };
-static_assert(sizeof(SimConfig) == 56);
+static_assert(sizeof(SimConfig) == 72);
 
 enum class State : unsigned char { kReady, kParked, kDone };
 enum class Park : unsigned char { kNone, kWord, kMbar, kBarrier, kWarp, kIdle };
 
 struct Block;
 struct Warp;
+
+// Plain stores that are seen for sure, by the number that they got when they reached memory: those of blocks of the same rank up to
+// `gpu`, the last fence of either scope; those of other ranks that their writer fenced at system scope, up to `sys`, the last fence_sys.
+struct View {
+  u64 gpu, sys;
+};
+inline View later(View a, View b) { return {a.gpu > b.gpu ? a.gpu : b.gpu, a.sys > b.sys ? a.sys : b.sys}; }
 
 // What a parked fiber waits for: enough for a report, a deadline and the re-poll of memory that another process writes.
 struct WaitNote {
@@ -78,8 +87,8 @@ struct Fiber {
   bool ask;            // woken to call give_up, not because its condition holds
   bool aborted;        // has been told of the abort word already
   u32 private_stores;  // own delayed stores that no barrier has shared with the block yet
-  u64 view;            // plain stores up to this one are seen for sure (the last fence_gpu, through barriers)
-  u64 view_async;      // the same for bulk copies (the last fence_async_global)
+  View view;           // own, or learnt of by a barrier or mbarrier
+  u64 view_async;      // `view.gpu` at the last fence_async_global: what bulk copies see for sure
   WaitNote note;
   Fiber* next;  // parked on the same pair of words, or on an mbarrier of the same block
   char* stack;
@@ -90,9 +99,14 @@ struct Warp {
   u32 ready;     // mask of lanes
   u32 position;  // in Machine::ready
   u32 arrived;   // mask of lanes at the collective
-  u32 exited;    // mask of lanes
+  u32 exited;    // mask of lanes: warp_sync does not wait for them, and nothing else may be called without them
+  bool syncing;  // the collective is a warp_sync
+  View view, view_result;
   bool mailbox;  // has paused idly: its steps alone are no progress
   u64 priority;  // PCT
+  u64 stalled_until;
+  bool starved;  // runs only when nobody else can, or when it has been ready for very long
+  u64 ready_at;  // dispatch at which it last ran or became ready
   Fiber* fibers;
   void* slot[LANES];                                   // what each lane brought to the collective
   float scratch[2][kMaxRows * kChunk + 4 * kMaxRows];  // of flash.cuh, used in turn
@@ -103,7 +117,7 @@ struct Barrier {
   u32 arrived;
   u32 generation;
   bool any, result;
-  u64 view, view_result;
+  View view, view_result;
 };
 
 struct PendingStore;
@@ -112,13 +126,15 @@ struct Block {
   u32 index;     // over all ranks of the launch
   u32 rank_idx;  // in LaunchParams
   char* shared;
-  u64* mbar_view;  // [smem_bytes / 8]: what arrivals at the mbarrier of that offset had seen
+  View* mbar_view;      // [smem_bytes / 8]: what arrivals at the mbarrier of that offset had seen
+  char* landed_shared;  // [smem_bytes]: what the async proxy knows of it; where it differs, plain stores wrote
   u32 alive;
   Barrier barriers[3];
   Fiber* mbar_waiters;
   void* tsan_async;  // the async proxy
   u64 stalled_until;
-  u32 hold;  // of delayed stores: 0 until a fence or until nothing else can run, n: one in n chances
+  u32 hold;        // of words: 0 until a fence or until nothing else can run, n: one in n chances
+  u32 hold_plain;  // of plain stores: the same, but 0 is until a fence and no earlier: nobody may count on less
   u32 copy_hold;
   u32 stale;  // how often a load that no fence protects is stale: 0 never, 1 half, 2 always
   PendingStore* pending;
@@ -196,9 +212,12 @@ u32 load_delayed(const u32* p);  // own delayed stores over what a load without 
 void flush_visible();            // delayed stores that a fence of the current fiber covers
 void flush_overlap(const void* p, u32 size);
 void share_stores();  // a barrier: the block's fences now cover the current fiber's stores
-void fence();
+void fence(bool sys);
 void proxy_fence();
-bool drain_some(bool must);  // lets delayed stores and copies land; true if one did
+void shared_proxy_fence();
+void block_ends(Block* block);
+u32 load_host(const u32* p);  // relaxed; what the host writes beyond the rings is fresh after a fence_sys
+bool drain_some(bool must);   // lets delayed stores and copies land; true if one did
 void start_copy(void* shared, const void* global, u32 bytes, u64* bar);
 
 // ---------------------------------------------------------------------------------------------- sync.cpp

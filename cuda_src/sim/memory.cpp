@@ -2,8 +2,11 @@
 // those land that it covers. Loads that no fence orders may be stale, and so may bulk copies, which read through the async proxy:
 //
 //   plain store -> [block's buffer] -> memory, logged with the value it replaced
-//   generic load:  fresh for stores up to the fiber's `view`, the last fence_gpu that it made or learnt of by a barrier or mbarrier
+//   generic load:  fresh for stores up to the fiber's `view`, the last fence that it made or learnt of by a barrier or mbarrier; for a
+//                  store of another rank both fences, the writer's and the reader's, must be fence_sys
 //   bulk copy:     fresh for stores up to `view_async` whose block fenced the proxy; else possibly the value from before (KV rule)
+//   host's stores: words of the rings are fresh, what they speak of (the arena) only after a fence_sys
+//   shared memory: a copy into bytes that plain stores have changed since the last one needs a fence_async_shared between the two
 #include <stdlib.h>
 
 #include "machine.h"
@@ -31,6 +34,7 @@ struct Landed {  // a plain store in memory
   Fiber* owner;
   u64 sequence;
   u64 proxied;  // sequence at which the async proxy sees it, ~0: not yet
+  u64 sys;      // sequence at which other ranks see it, ~0: not yet
 };
 struct Copy {
   char* to;
@@ -42,11 +46,15 @@ struct Copy {
 };
 
 constexpr u32 kMaxCopies = 1u << 16, kLog = 2048;
+constexpr u32 kVeryLong = 1u << 14;  // chances: where somebody polls all the time, "until nothing else can run" would be for ever
 PendingStore* pending_memory;
 Landed* landed;  // [kLog], a ring: what is older than it is seen by everybody
 u64 num_landed;
 Copy* copies;
 u32 num_copies, num_pending;
+char* host;         // the arena, as of the mailbox's last fence_sys or later
+const char* arena;  // [arena_bytes], the host's own
+u64 arena_bytes;
 
 bool overlap(const char* a, u64 a_size, const char* b, u64 b_size) { return a < b + b_size && b < a + a_size; }
 bool covered(Fiber* owner, bool shared) {
@@ -75,7 +83,7 @@ void land(Block* b, u32 i) {
   if (s.plain) {
     const u64 sequence = ++machine.sequence;
     landed[num_landed++ % kLog] =
-        Landed{s.to, read_sized(s.to, s.size), s.size, s.shared, s.owner, sequence, s.proxied ? sequence : ~0ull};
+        Landed{s.to, read_sized(s.to, s.size), s.size, s.shared, s.owner, sequence, s.proxied ? sequence : ~0ull, ~0ull};
   }
   if (s.size < 16) return write_sized(s.to, s.value[0], s.size), wake_pair(s.to);
   write_sized(s.to, s.value[0], 8);
@@ -89,18 +97,21 @@ void delay(const PendingStore& s) {
   b->pending[b->num_pending++] = s;
   num_pending++;
   s.owner->private_stores++;
-  if (b->hold == 1) land(b, b->num_pending - 1);
+  if ((s.plain ? b->hold_plain : b->hold) == 1) land(b, b->num_pending - 1);
 }
 
 // Puts back, in the `size` bytes at `copy` read from `from`, what stores not seen for sure replaced; newest first, and once a store is
 // seen all before it are.
-void make_stale(char* copy, const char* from, u64 size, u64 view, bool async, Block* block) {
+void make_stale(char* copy, const char* from, u64 size, View view, bool async, Block* block) {
   if (!block->stale) return;
   const u64 oldest = num_landed > kLog ? num_landed - kLog : 0;
   for (u64 i = num_landed; i-- > oldest;) {
     const Landed& s = landed[i % kLog];
-    const bool certain = async ? s.proxied <= view : s.sequence <= view || s.owner->block == block;
     if (!overlap(s.to, s.size, from, size)) continue;
+    const Block* writer = s.owner->block;
+    const bool certain =
+        async ? s.proxied <= view.gpu
+              : writer == block || (writer->rank_idx == block->rank_idx ? s.sequence <= view.gpu : s.sys <= view.sys);
     if (certain || (block->stale == 1 && (random_u64() & 1))) return;
     for (u32 k = 0; k < s.size; k++)
       if (s.to + k >= from && s.to + k < from + size) copy[s.to + k - from] = (char)(s.old >> 8 * k);
@@ -115,7 +126,8 @@ void move_bytes(char* to, const char* from, u32 bytes, u64* bar, Block* block, u
   tsan_read(from, bytes);
   tsan_write(to, bytes);
   memcpy(to, from, bytes);
-  if (machine.weak) make_stale(to, from, bytes, view, true, block);
+  if (machine.weak) make_stale(to, from, bytes, View{view, 0}, true, block);
+  if (block->landed_shared) memcpy(block->landed_shared + (to - block->shared), to, bytes);
   machine.copies++;
   mbarrier_complete(block, bar, bytes);
   tsan_switch(self);
@@ -129,12 +141,35 @@ void land_copy(u32 i, u32 bytes) {
   move_bytes(part.to, part.from, bytes, part.bar, part.block, part.view);
 }
 
-bool may_land(u32 hold, bool must) { return must || hold == 1 || one_in(hold); }
+bool may_land(u32 hold, bool must) { return must || hold == 1 || one_in(hold ? hold : kVeryLong); }
+
+// Lets a store of the block land if one may; of all that it holds only if it `must`.
+bool land_one(Block* b, bool must) {
+  u32 i = random_u64() % b->num_pending;
+  for (u32 n = 0; n < (must ? b->num_pending : 1); n++, i = (i + 1) % b->num_pending) {
+    const bool plain = b->pending[i].plain;
+    if (plain && !b->hold_plain) continue;
+    if (may_land(plain ? b->hold_plain : b->hold, must)) return land(b, i), true;
+  }
+  return false;
+}
+
+void host_setup() {
+  arena_bytes = 0;
+  if (!machine.config.host_bytes) return;
+  for (u32 r = 0; r < machine.params.num_ranks; r++)
+    if (machine.params.ranks[r].mailbox) arena = (const char*)machine.params.ranks[r].mailbox + sizeof(Mailbox);
+  arena_bytes = arena && machine.config.host_bytes > sizeof(Mailbox) ? machine.config.host_bytes - sizeof(Mailbox) : 0;
+}
 
 }  // namespace
 
 bool memory_setup() {
   num_landed = num_copies = num_pending = 0;
+  arena = nullptr;
+  host_setup();
+  if (arena_bytes && !(host = (char*)malloc(arena_bytes))) return false;
+  if (arena_bytes) memcpy(host, arena, arena_bytes);
   copies = machine.config.delay_copies ? (Copy*)malloc(kMaxCopies * sizeof(Copy)) : nullptr;
   if (machine.config.delay_copies && !copies) return false;
   if (!machine.weak) return true;
@@ -149,8 +184,8 @@ void memory_teardown() {
   // What a finished launch still holds has to be in memory when it returns.
   for (u32 i = 0; i < machine.num_blocks && machine.weak && machine.status == kOk; i++)
     while (machine.blocks[i].num_pending) land(&machine.blocks[i], 0);
-  free(copies), free(landed), free(pending_memory);
-  copies = nullptr, landed = nullptr, pending_memory = nullptr;
+  free(copies), free(landed), free(pending_memory), free(host);
+  copies = nullptr, landed = nullptr, pending_memory = nullptr, host = nullptr;
 }
 
 void delay_words(u64* p, u64 first, u64 second, int count) {
@@ -195,13 +230,34 @@ void flush_visible() {
     else i++;
 }
 
-void fence() {
-  static char all;  // any two fences are ordered as they ran: more than a GPU promises, so this hides, but invents nothing
-  tsan_acquire(&all);
-  tsan_release(&all);
+// Any two fences are ordered as they ran, if each one's scope has the other's thread: more than a GPU promises, so this hides, but
+// invents nothing.
+void fence(bool sys) {
+  static char of_rank[kMaxRanks], of_all;
+  Fiber* f = machine.current;
+  const u32 rank = f->block->rank_idx;
+  tsan_acquire(of_rank + rank);
+  if (sys) tsan_acquire(&of_all), tsan_release(&of_all);
+  tsan_release(of_rank + rank);
   if (!machine.weak) return;
   flush_visible();
-  machine.current->view = machine.sequence;
+  for (u32 i = 0; sys && i < kLog && i < num_landed; i++) {  // also what others of the rank had shown to this thread
+    Landed& s = landed[i];
+    const bool known = covered(s.owner, s.shared) || (s.owner->block->rank_idx == rank && s.sequence <= f->view.gpu);
+    if (s.sys == ~0ull && known) s.sys = machine.sequence;
+  }
+  f->view.gpu = machine.sequence;
+  if (sys) f->view.sys = machine.sequence;
+  if (sys && arena_bytes && f->thread / LANES == kNumWarps - 1) memcpy(host, arena, arena_bytes);
+}
+
+u32 load_host(const u32* p) {
+  const u64 at = (const char*)p - arena;
+  const u32 now = __atomic_load_n(p, __ATOMIC_RELAXED);
+  if (!arena_bytes || at >= arena_bytes) return now;
+  const u32 stale = machine.current->block->stale;
+  if (stale == 2 || (stale == 1 && (random_u64() & 1))) return *(u32*)(host + at);
+  return *(u32*)(host + at) = now;
 }
 
 void flush_overlap(const void* p, u32 size) {
@@ -223,7 +279,7 @@ void share_stores() {
 
 void proxy_fence() {
   Fiber* f = machine.current;
-  f->view_async = f->view;
+  f->view_async = f->view.gpu;
   for (u32 i = 0; i < f->block->num_pending; i++)
     if (covered(f->block->pending[i].owner, f->block->pending[i].shared)) f->block->pending[i].proxied = true;
   for (u32 i = 0; i < kLog && i < num_landed; i++)
@@ -239,10 +295,24 @@ bool drain_some(bool must) {
   u32 i = random_u64() % machine.num_blocks;
   for (u32 tried = 0; tried < machine.num_blocks; tried++, i = (i + 1) % machine.num_blocks) {
     Block* b = &machine.blocks[i];
-    if (b->num_pending && may_land(b->hold, must)) return land(b, random_u64() % b->num_pending), true;
+    if (b->num_pending && land_one(b, must)) return true;
     if (!must && tried == 3) return false;
   }
   return false;
+}
+
+void shared_proxy_fence() {  // of one thread, but what others have written counts as fenced too
+  Block* b = machine.current->block;
+  if (b->landed_shared)
+    memcpy(b->landed_shared + machine.shape.smem_ring, b->shared + machine.shape.smem_ring,
+           machine.shape.smem_bytes - machine.shape.smem_ring);
+}
+
+// Nothing may land in shared memory once the block is gone: it may be another's by then.
+void block_ends(Block* block) {
+  u32 count = 0;
+  for (u32 i = 0; i < num_copies; i++) count += copies[i].block == block;
+  if (count) misuse("the block ends while %u copies into its shared memory are in flight", count);
 }
 
 void start_copy(void* shared, const void* global, u32 bytes, u64* bar) {
@@ -255,7 +325,11 @@ void start_copy(void* shared, const void* global, u32 bytes, u64* bar) {
   if (!bytes) misuse("bulk_copy of no bytes");
   tsan_release((char*)bar + 2);
   if (machine.config.delay_copies) {
+    const Block* b = f->block;
+    if (memcmp(shared, b->landed_shared + to, bytes))
+      misuse("bulk_copy of %u bytes to shared + %zu: plain stores wrote there and no fence_async_shared followed", bytes, to);
     memset(shared, 0xff, bytes);  // from now on anything may be there
+    memset(b->landed_shared + to, 0xff, bytes);
     if (num_copies == kMaxCopies) land_copy(0, copies[0].left);
     copies[num_copies++] = Copy{(char*)shared, (const char*)global, bytes, bar, f->block, f->view_async};
     return;

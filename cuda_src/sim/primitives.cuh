@@ -101,6 +101,7 @@ DEV void store_global(u16* p, u16 v) { store_plain(p, v); }
 
 DEV u32 load_relaxed_sys(const u32* p) {
   sim::point();
+  if (sim::machine.weak && sim::machine.config.host_bytes) return sim::load_host(p);
   return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 DEV void store_relaxed_sys(u32* p, u32 v) {
@@ -139,14 +140,17 @@ DEV void store_event(TraceEvent* p, u32 clock, u32 what, u32 value, u32 step) { 
 DEV void fence_sys() {
   sim::point();
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
-  sim::fence();
+  sim::fence(true);
 }
-DEV void fence_gpu() { fence_sys(); }
+DEV void fence_gpu() {
+  sim::point();
+  sim::fence(false);
+}
 DEV void fence_async_global() {
   sim::point();
   if (sim::machine.weak) sim::proxy_fence();
 }
-DEV void fence_async_shared() {}
+DEV void fence_async_shared() { sim::shared_proxy_fence(); }
 
 // ---------------------------------------------------------------------------------------------- waiting
 // What a wait needs to give up: whose abort word to look at, how long to be patient, whom to name. See faults.cuh.

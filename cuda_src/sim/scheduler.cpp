@@ -13,6 +13,7 @@ Machine machine;
 
 namespace {
 constexpr u32 kHousekeeping = 64;   // dispatches between two looks at idle fibers
+constexpr u64 kPatience = 16384;    // of a starved warp, in dispatches: somebody may be polling all the time
 constexpr u32 kAbortSteps = 4096;   // dispatches between two looks at the abort words while others run
 constexpr u64 kStepNs = 20;         // virtual time of a dispatch
 constexpr u64 kBusyNs = 2'000'000;  // without progress before sleeping: a peer's words are seldom longer away
@@ -44,6 +45,7 @@ void unready(Fiber* f) {
 Fiber* dispatch(Fiber* f) {
   machine.switches++;
   machine.progress += !f->warp->mailbox;
+  f->warp->ready_at = machine.steps;
   machine.current = f;
   return f;
 }
@@ -71,12 +73,21 @@ Warp* pick_warp() {
   }
 }
 
-// A stalled block stands still unless nobody else can run.
+u32 reluctance(const Warp* w) {
+  return 2 * (w->starved && machine.steps - w->ready_at < kPatience) + (w->stalled_until > machine.steps || w->fibers->block->stalled_until > machine.steps);
+}
+
+// A stalled block or warp stands still unless nobody else can run, and a starved one even then if a stalled one can.
 Warp* pick_unstalled() {
-  if (one_in(512)) machine.blocks[random_u64() % machine.num_blocks].stalled_until = machine.steps + random_u64() % 8192;
+  if (one_in(512)) {
+    Warp* w = machine.ready[random_u64() % machine.num_ready];
+    (random_u64() & 1 ? w->stalled_until : w->fibers->block->stalled_until) =
+        machine.steps + random_u64() % (2048u << random_u64() % 5);
+  }
   Warp* w = pick_warp();
-  for (u32 tries = 0; tries < 4 && w->fibers->block->stalled_until > machine.steps; tries++)
-    w = machine.ready[random_u64() % machine.num_ready];
+  u32 i = reluctance(w) ? random_u64() % machine.num_ready : 0;
+  for (u32 tries = 0; tries < machine.num_ready && reluctance(w); tries++, i = (i + 1) % machine.num_ready)
+    if (reluctance(machine.ready[i]) < reluctance(w)) w = machine.ready[i];
   return w;
 }
 
@@ -137,10 +148,14 @@ void ask_fiber(Fiber* f) {
   make_ready(f);
 }
 
+u64* abort_word(const RankParams& r) { return r.peers[r.rank] ? (u64*)r.peers[r.rank] + machine.shape.off_abort : nullptr; }
 bool abort_raised(const Block* b) {
-  const RankParams& r = machine.params.ranks[b->rank_idx];
-  if (!r.peers[r.rank]) return false;
-  return __atomic_load_n((const u64*)r.peers[r.rank] + machine.shape.off_abort, __ATOMIC_RELAXED) != 0;
+  const u64* word = abort_word(machine.params.ranks[b->rank_idx]);
+  return word && __atomic_load_n(word, __ATOMIC_RELAXED) != 0;
+}
+void raise_abort() {
+  for (u32 i = 0; i < machine.params.num_ranks; i++)
+    if (u64* word = abort_word(machine.params.ranks[i])) __atomic_store_n((u32*)word, 1, __ATOMIC_RELAXED);
 }
 
 // Wakes the waits whose deadline has passed or whose rank was aborted, so that they call give_up; true if there was one.
@@ -226,6 +241,7 @@ void make_ready(Fiber* f) {
   Warp* w = f->warp;
   if (!w->ready) {
     w->position = machine.num_ready;
+    w->ready_at = machine.steps;
     machine.ready[machine.num_ready++] = w;
   }
   w->ready |= 1u << f->lane;
@@ -266,7 +282,7 @@ void wake_pair(const void* address) {
 }
 
 void maybe_yield() {
-  if (one_in(machine.preempt)) leave();
+  if (machine.current->warp->starved || one_in(machine.preempt)) leave();
 }
 
 void pause_idle() {
@@ -303,6 +319,7 @@ static int dispatch_all() {
     machine.steps++;
     machine.clock_ns += kStepNs;
     drain_some(false);
+    if (machine.steps == machine.config.abort_step) raise_abort();
     if (machine.num_idle && machine.num_ready && (machine.simple || one_in(kHousekeeping))) wake_idle();
     if (machine.steps % kAbortSteps < (machine.simple ? kHousekeeping : 1u)) ask_waits();
     if (!machine.num_ready) {

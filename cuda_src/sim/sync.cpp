@@ -12,8 +12,6 @@ struct Mbar {  // the 8 bytes in shared memory
 };
 static_assert(sizeof(Mbar) == 8);
 
-u64 later(u64 a, u64 b) { return a > b ? a : b; }
-
 void barrier_opens(Block* block, Barrier* b) {
   b->arrived = 0;
   b->generation++;
@@ -23,13 +21,22 @@ void barrier_opens(Block* block, Barrier* b) {
     if (f->state == State::kParked && f->park == Park::kBarrier && f->note.address == b) make_ready(f);
 }
 
-u64& view_of(Block* block, u64* bar) { return block->mbar_view[((char*)bar - block->shared) / 8]; }
+View& view_of(Block* block, u64* bar) { return block->mbar_view[((char*)bar - block->shared) / 8]; }
 
 Mbar* mbar_at(Block* block, u64* bar) {
   const size_t offset = (char*)bar - block->shared;
   if (offset % 8 || offset >= machine.shape.smem_bytes)
     misuse("mbarrier at %p is not in the block's shared memory", (void*)bar);
   return (Mbar*)bar;
+}
+
+constexpr u32 kAllLanes = ~0u >> (32 - LANES);
+bool warp_opens(Warp* w) {  // a warp_sync at which all are who are still there
+  if ((w->arrived | w->exited) != kAllLanes) return false;
+  w->view_result = w->view, w->view = View{};
+  w->syncing = false;
+  warp_release();
+  return true;
 }
 
 void mbar_check(Block* block, Mbar* m) {
@@ -76,7 +83,8 @@ void fiber_exits() {
   Block* block = f->block;
   share_stores();
   f->warp->exited |= 1u << f->lane;
-  block->alive--;
+  if (f->warp->syncing) warp_opens(f->warp);
+  if (!--block->alive) block_ends(block);
   Barrier* b = &block->barriers[0];
   if (b->arrived && b->arrived == block->alive) barrier_opens(block, b);  // __syncthreads does not wait for who has left
 }
@@ -85,7 +93,7 @@ void mbarrier_init(u64* bar, u32 count) {
   Mbar* m = mbar_at(machine.current->block, bar);
   if (!count || count > 0xffff) misuse("mbar_init with count %u", count);
   *m = Mbar{(u16)count, (u16)count, 0, 0};
-  view_of(machine.current->block, bar) = 0;
+  view_of(machine.current->block, bar) = View{};
 }
 
 void mbarrier_arrive(u64* bar, u32 bytes, bool expect) {
@@ -96,12 +104,13 @@ void mbarrier_arrive(u64* bar, u32 bytes, bool expect) {
     misuse("mbarrier at shared + %zu: more arrivals than its count of %u", (size_t)((char*)bar - f->block->shared), m->count);
   if (expect && bytes % 16) misuse("mbar_arrive_expect of %u bytes: not a multiple of 16", bytes);
   share_stores();
-  u64& view = view_of(f->block, bar);
+  View& view = view_of(f->block, bar);
   view = later(view, f->view);
   tsan_release((char*)bar + m->phase);
   m->bytes16 += (int)(bytes / 16);
   m->pending--;
   mbar_check(f->block, m);
+  point();  // those who were let go may overtake whatever comes next
 }
 
 void mbarrier_complete(Block* block, u64* bar, u32 bytes) {
@@ -124,14 +133,14 @@ void warp_synchronize() {
   share_stores();
   const void* key = (char*)f->warp->slot + (f->warp->turn & 1);
   tsan_release(key);
-  u64 view = f->view;
-  collective(&view, [](void** lane) {
-    u64 all = 0;
-    for (int i = 0; i < LANES; i++) all = later(all, *(u64*)lane[i]);
-    for (int i = 0; i < LANES; i++) *(u64*)lane[i] = all;
-  });
+  Warp* w = f->warp;
+  w->view = later(w->view, f->view);
+  w->arrived |= 1u << f->lane;
+  w->syncing = true;
+  f->note = WaitNote{};
+  if (!warp_opens(w)) park(Park::kWarp);
   tsan_acquire(key);
-  f->view = view;
+  f->view = later(f->view, w->view_result);  // the next one needs this lane, so it is still this one's
 }
 
 bool warp_arrive(void* mine) {
@@ -140,7 +149,7 @@ bool warp_arrive(void* mine) {
   if (w->exited) misuse("a warp collective after lanes %08x of the warp returned", w->exited);
   w->slot[f->lane] = mine;
   w->arrived |= 1u << f->lane;
-  if (w->arrived == ~0u >> (32 - LANES)) return true;
+  if (w->arrived == kAllLanes) return true;
   f->note = WaitNote{};
   park(Park::kWarp);
   return false;
@@ -148,10 +157,11 @@ bool warp_arrive(void* mine) {
 
 void warp_release() {
   Warp* w = machine.current->warp;
+  const u32 arrived = w->arrived;
   w->arrived = 0;
   w->turn ^= 1;
   for (int i = 0; i < LANES; i++)
-    if (w->fibers + i != machine.current) make_ready(w->fibers + i);
+    if (w->fibers + i != machine.current && arrived >> i & 1) make_ready(w->fibers + i);
 }
 
 }  // namespace sim

@@ -5,6 +5,7 @@ The sizes of the model are compile-time constants (-DIMEX_SHAPE), so every shape
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,7 @@ def options(shape: np.void, arch: str) -> list[str]:
         "-std=c++17",
         "--ptxas-options=-v",  # registers and spills, for `resources`
         f"-DIMEX_SHAPE={abi.shape_initializer(shape)}",
+        *(["-lineinfo"] if os.environ.get("IMEX_LINE_INFO") else []),  # for compute-sanitizer and profilers
     ]
 
 

@@ -42,10 +42,14 @@ _STATS = ("steps", "switches", "drains", "copies", "clock_ns")
 class SimConfig(ctypes.Structure):
     """sim::SimConfig of cuda_src/sim/machine.h."""
 
-    _fields_ = [(name, ctypes.c_uint64) for name in ("seed", "stop")] + [
-        (name, ctypes.c_uint32)
-        for name in "mode processes preempt delay_stores delay_copies split_words stalls pct_depth pct_steps on_deadlock".split()
-    ]
+    _fields_ = (
+        [(name, ctypes.c_uint64) for name in ("seed", "stop")]
+        + [
+            (name, ctypes.c_uint32)
+            for name in "mode processes preempt delay_stores delay_copies split_words stalls pct_depth pct_steps on_deadlock".split()
+        ]
+        + [(name, ctypes.c_uint64) for name in ("abort_step", "host_bytes")]
+    )
 
 
 @lru_cache
@@ -123,7 +127,7 @@ class SimDevice:
     """device.base.Device on the simulator.
 
     `mode`: rr (round robin), random or pct; `preempt`: switch fibers at one of so many memory operations, 0 only at waits;
-    `delay`: weak memory, late and split copies and words; `stalls`: blocks stand still at random; `source`: another kernel than decode.cu;
+    `delay`: weak memory, late and split copies and words; `stalls`: blocks and warps stand still; `source`: another kernel than decode.cu;
     `tsan`: the process runs under hostcc.tsan_environment(), and ThreadSanitizer reports what the kernel forgot to order;
     `on_deadlock`: "report" raises DeviceError saying who waits for what, "expire" lets deadlines pass, as on a GPU.
     """
@@ -181,7 +185,13 @@ class SimDevice:
     # ------------------------------------------------------------------------------------------ memory
     def zeros(self, nbytes: int) -> Buffer:
         self.host_calls += 1
-        memory = mmap.mmap(-1, max(nbytes, 1))
+        try:
+            memory = mmap.mmap(-1, max(nbytes, 1))
+        except (OSError, ValueError, OverflowError) as error:
+            raise DeviceError(
+                f"the simulator could not get {nbytes / 2**30:.2f} GiB of memory ({error}): use a smaller max_model_len or fewer "
+                "max_num_seqs, or end what else uses this machine's memory"
+            ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)  # weights are read at memory speed
         return self._buffer(memory, nbytes)

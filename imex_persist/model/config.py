@@ -196,10 +196,11 @@ def _architecture(data: dict[str, Any]) -> str:
     if given is None:  # older files have only the type
         given = [name for name, model_type in ARCHITECTURES.items() if data.get("model_type") == model_type]
         given = given or [f"model_type {short(data.get('model_type'))}"]
-    if not isinstance(given, list) or len(given) != 1 or given[0] not in ARCHITECTURES:
-        text = given[0] if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str) else short(given)
+    one = given[0] if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str) else None
+    if one not in ARCHITECTURES:
+        text = short(given) if one is None else one
         raise ValueError(f"architecture {text[:80]} is not supported; choose a model of {' or '.join(ARCHITECTURES)}")
-    return given[0]
+    return one
 
 
 def _refuse_unsupported(data: dict[str, Any], architecture: str) -> None:

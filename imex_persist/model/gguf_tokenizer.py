@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
-from imex_persist.model.messages import one_line, short
+from imex_persist.model.messages import native_errors, short
 from imex_persist.model.tokenizer import Tokenizer
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
@@ -46,11 +46,9 @@ def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer | None:
         raise ValueError(f"{where} has {len(tokens)} tokens and {len(types)} token types; download the file again")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    try:
+    with native_errors(f"{where} has no valid BPE vocabulary", "; download the file again"):
         # llama-bpe takes a piece that is a token as a whole, whatever the merges would make of it
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe"))
-    except Exception as error:  # the package raises plain Exception
-        raise ValueError(f"{where} has no valid BPE vocabulary ({one_line(error)}); download the file again") from None
     backend.pre_tokenizer = pre_tokenizers.Sequence(_PRE[pre]())
     backend.decoder = decoders.ByteLevel()
     added = [(token, kind == _CONTROL) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]

@@ -13,7 +13,7 @@ import tokenizers
 from imex_persist.model.chat import ChatTemplate
 from imex_persist.model.config import read_json
 from imex_persist.model.detokenizer import Detokenizer
-from imex_persist.model.messages import one_line
+from imex_persist.model.messages import native_errors
 
 MAX_TEMPLATE_BYTES = 1 << 20
 
@@ -39,10 +39,8 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.exists():
             return None
-        try:
+        with native_errors(f"{path} is no valid tokenizer", "; download it again"):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises plain Exception
-            raise ValueError(f"{path} is no valid tokenizer ({one_line(error)}); download it again") from None
         settings_path = folder / "tokenizer_config.json"
         settings = read_json(settings_path) if settings_path.exists() else {}
         return cls(backend, _template_of(folder, settings), _special_tokens(settings))
@@ -57,13 +55,16 @@ class Tokenizer:
         if not isinstance(text, str):
             raise ValueError(f"a prompt must be text or a list of token ids, and this is a {type(text).__name__}")
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError):
+            text.encode()
+        except UnicodeEncodeError:
             raise ValueError("the prompt has characters that UTF-8 cannot encode (lone surrogates); remove them") from None
+        with native_errors("the model's tokenizer cannot read this prompt", "; download tokenizer.json again"):
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of all of `token_ids` at once."""
-        return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        with native_errors("the model's tokenizer cannot decode these tokens", "; download tokenizer.json again"):
+            return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         """A decoder for one stream of generated tokens."""
@@ -96,7 +97,7 @@ def _template_of(folder: Path, settings: dict[str, Any]) -> str | None:
             raise ValueError(f"{path} is not UTF-8 text; download it again") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict) and isinstance(t.get("name"), str)}
         template = named.get("default")
     if template is not None and not isinstance(template, str):
         raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template must be text; download it again")

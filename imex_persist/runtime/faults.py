@@ -14,7 +14,7 @@ _WAITED_FOR = {
     abi.Wait.PARTIAL: "partial sums of its own warps in {phase}",
     abi.Wait.PLAN: "the plan of the next step",
     abi.Wait.STEP: "its own warps to finish a step",
-    abi.Wait.EPOCHS: "nothing: the kernel has run as many steps as its words have epochs, start a new one",
+    abi.Wait.COUNT: "nothing: the kernel has run as many steps as it can count, start a new one",
 }
 
 

@@ -14,8 +14,6 @@ import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import xor
 from typing import NamedTuple
 
 from imex_persist import abi
@@ -142,7 +140,7 @@ class Mailbox:
         entry = [sequence, int(command), *words]
         entry += [0] * (15 - len(entry))
         offset = _DESCRIPTORS + (sequence - 1) % abi.DESCRIPTOR_SLOTS * _WORDS.size
-        _WORDS.pack_into(self._view, offset, *entry, reduce(xor, entry, abi.DESCRIPTOR_MAGIC))
+        _WORDS.pack_into(self._view, offset, *entry, abi.descriptor_check(entry))
         self._posted = sequence
         return sequence
 

@@ -11,6 +11,8 @@ from imex_persist import abi
 from imex_persist.device import nvrtc, sources
 from imex_persist.errors import DeviceError
 from tests.gpu.bench import KERNELS, make_shape
+from tests.sim.litmus import LITMUS, source
+from tests.sim.litmus import make_shape as litmus_shape
 
 from .disassembly import basic_blocks, nvdisasm
 from .shapes import CASES, MACHINES
@@ -88,6 +90,12 @@ def test_the_gpu_tests_kernels_compile(arch):
         build = nvrtc.compile_kernel(make_shape(max_rows=rows, head_dim=head_dim), arch, KERNELS)
         spilled = {name: found for name, found in build.resources.items() if found.spills}
         assert not spilled, f"a primitive uses local memory at {rows} rows, head_dim {head_dim}: {spilled}"
+
+
+@pytest.mark.parametrize("name", LITMUS)
+def test_the_litmus_tests_compile(name):
+    build = nvrtc.compile_kernel(litmus_shape(LITMUS[name].ranks[-1], 66, 1000), "sm_90a", source(name))
+    assert not any(found.spills for found in build.resources.values())
 
 
 def test_each_phase_alone_compiles_with_the_tap():

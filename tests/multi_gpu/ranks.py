@@ -86,9 +86,9 @@ class RankProcess:
         getattr(self.device, "close_peers", lambda: None)()
 
 
-def serve(rank: int, ordinal: int, pipe) -> None:
+def serve(rank: int, ordinal: int, pipe, kind: type) -> None:
     """A rank's process: answers (name, arguments) with (value, None) or (None, error), and ends with the parent."""
-    process = RankProcess(rank, ordinal)
+    process = kind(rank, ordinal)
     while True:
         try:
             name, arguments = pipe.recv()
@@ -104,12 +104,12 @@ def serve(rank: int, ordinal: int, pipe) -> None:
 class Ranks:
     """The processes. Every question has an answer within ANSWER_S, or an AssertionError."""
 
-    def __init__(self, ordinals: list[int]):
+    def __init__(self, ordinals: list[int], kind: type = RankProcess):
         spawn = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         for rank, ordinal in enumerate(ordinals):
             mine, theirs = spawn.Pipe()
-            self.processes.append(spawn.Process(target=serve, args=(rank, ordinal, theirs), daemon=True))
+            self.processes.append(spawn.Process(target=serve, args=(rank, ordinal, theirs, kind), daemon=True))
             self.pipes.append(mine)
             self.processes[-1].start()
             theirs.close()

@@ -1,7 +1,8 @@
 """A worker process whose device runs the fake kernel: everything of the runtime but the compute, in milliseconds.
 
-FAKE_WORKER says what goes wrong, as "rank:problem": `open`, `build`, `load`, `marks` raise; `die-<step>` kills the process there; `deaf`
-ignores SHUTDOWN and the stop word; `hang-load` never finishes loading; `fault` reports a fault as soon as a request runs.
+FAKE_WORKER says what goes wrong, as "rank:problem": `open`, `build`, `load`, `marks` raise; `handle` exports what nobody can open;
+`die-<step>` kills the process there; `deaf` ignores SHUTDOWN and the stop word; `hang-load` never finishes loading; `fault` reports a
+fault as soon as a request runs.
 """
 
 from __future__ import annotations
@@ -85,6 +86,10 @@ class FakeDevice(SimDevice):
         problem("launch", self.ranks)
         self.host_calls += 1
         return FakeLaunch(kernel, params)
+
+    def export(self, buffer):
+        handle = super().export(buffer)
+        return handle.replace(str(os.getpid()), "99999999") if WHERE in self.ranks and PROBLEM == "handle" else handle
 
     def download(self, buffer, offset, nbytes):
         out = super().download(buffer, offset, nbytes)

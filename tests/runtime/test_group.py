@@ -65,6 +65,7 @@ def test_nothing_is_left_behind():
         ("1:die-load", "rank 1 was killed by SIGKILL during the step 'load'"),
         ("1:die-launch", "rank 1 was killed by SIGKILL during the step 'launch'"),
         ("1:marks", "peer access does not work"),
+        ("1:handle", "the memory of peer process 99999999 cannot be opened"),
     ],
 )
 def test_what_fails_at_the_start_is_one_error(monkeypatch, problem, words):

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
 from imex_persist import LLM, DeviceError, FaultError, SamplingParams
 from imex_persist.cli import main
-from tests.runtime.groups import all_gone, pids
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes share memory through /proc")
 CONFIG = {
@@ -133,34 +129,6 @@ def test_threads_may_share_an_llm(llm):
     assert got == [wanted] * 5
 
 
-def test_a_killed_rank_is_one_error_and_a_new_llm_works(folder):
-    options = dict(load_format="dummy", device="sim", tensor_parallel_size=2, max_model_len=2048, deadline_s=2)
-    with LLM(folder, **options) as first:
-        numbers = pids(first.group)
-        threading.Timer(0.5, os.kill, (numbers[1], signal.SIGKILL)).start()
-        with pytest.raises(FaultError, match="rank 1") as caught:
-            first.generate(PROMPT, greedy(max_tokens=2000))
-        (partial,) = caught.value.outputs
-        assert 0 < len(ids(partial)) < 2000 and not partial.finished
-        assert all_gone(numbers, 5)
-    with LLM(folder, **options) as second:
-        assert len(ids(second.generate(PROMPT, greedy())[0])) == 12
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_stopped_rank_is_found_by_the_deadline(folder, victim):
-    with LLM(folder, load_format="dummy", device="sim", tensor_parallel_size=2, max_model_len=2048, deadline_s=1) as llm:
-        numbers = pids(llm.group)
-        stream = llm.stream(PROMPT, greedy(max_tokens=2000))
-        next(stream)
-        os.kill(numbers[victim], signal.SIGSTOP)
-        start = time.monotonic()
-        with pytest.raises(FaultError, match=f"rank {victim} stopped answering: rank {1 - victim}, block "):
-            list(stream)
-        assert time.monotonic() - start < 1 + 3
-        assert all_gone(numbers, 3)
-
-
 def test_no_call_reaches_a_device_while_decoding(folder):
     llm = LLM(folder, load_format="dummy", device="sim", tensor_parallel_size=2, max_model_len=256)
     llm.generate([PROMPT] * 3, greedy(max_tokens=60))
@@ -239,35 +207,3 @@ def test_version(capsys):
 def test_importing_is_light():
     code = "import sys, imex_persist; print([m for m in ('numpy', 'cupy', 'tokenizers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
-@pytest.mark.parametrize("delay_s", [0.3, 1.0, 2.5])
-def test_ctrl_c_ends_everything(folder, delay_s):
-    command = [
-        sys.executable,
-        "-m",
-        "imex_persist",
-        "generate",
-        folder,
-        "--load-format",
-        "dummy",
-        "--device",
-        "sim",
-        "--tp",
-        "2",
-    ]
-    more = ["--prompt-token-ids", "1,2", "--max-tokens", "4000", "--max-model-len", "4096", "--ignore-eos"]
-    process = subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-    time.sleep(delay_s)
-    children = _children(process.pid)
-    process.send_signal(signal.SIGINT)
-    process.wait(15)
-    err = process.stderr.read().decode()
-    process.stderr.close()
-    assert process.returncode in (130, -signal.SIGINT), err  # the second: before main has begun
-    assert all_gone(children, 5)
-
-
-def _children(pid: int) -> list[int]:
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(word) for word in file.read().split()]

@@ -19,13 +19,32 @@ def test_a_descriptor_is_what_the_kernel_reads(make_box):
     box = make_box()
     assert box.mailbox.submit(request=5, slot=1, prompt=[7, 8, 9], pages=[4, 2], stop=[11], max_tokens=6, min_tokens=2) == 1
     d = box.kernel.descriptors[0]
-    words = np.array([d]).view(np.uint32)
-    assert np.bitwise_xor.reduce(words) == abi.DESCRIPTOR_MAGIC
+    words = np.array([d]).view(np.uint32).tolist()
+    assert words[15] == abi.descriptor_check(words[:15])
     assert (d["sequence"], d["command"], d["request"], d["slot"]) == (1, abi.Command.SUBMIT, 5, 1)
     assert (d["prompt_len"], d["num_pages"], d["num_stop"]) == (3, 2, 1)
     assert (d["max_tokens"], d["min_tokens"]) == (6, 2)
     at = int(d["arena"])
     assert box.kernel.arena[at : at + 6].tolist() == [7, 8, 9, 4, 2, 11]
+
+
+def test_a_torn_line_is_never_whole(make_box):
+    """Any part of a new line over any older one: on a host that does not store in order, the kernel may see it."""
+    rng = np.random.default_rng(0)
+    box = make_box()
+    lines = []
+    for sequence in range(1, 2 * abi.DESCRIPTOR_SLOTS + 1):
+        lines.append(np.array([box.kernel.descriptors[(sequence - 1) % abi.DESCRIPTOR_SLOTS]]).view(np.uint32))
+        small = {name: int(rng.integers(8)) for name in ("request", "max_tokens", "min_tokens")}  # words that differ alike
+        box.mailbox.submit(slot=0, prompt=[1] * int(rng.integers(8)), pages=range(int(rng.integers(1, 8))), **small)
+        new = np.array([box.kernel.descriptors[(sequence - 1) % abi.DESCRIPTOR_SLOTS]]).view(np.uint32)
+        for _ in range(500):
+            torn = np.where(rng.integers(0, 2, 16), new, lines[-1]).tolist()
+            if torn != new.tolist() and torn[0] == sequence:
+                assert torn[15] != abi.descriptor_check(torn[:15])
+        assert box.kernel.take() == abi.Command.SUBMIT
+        box.kernel.running.clear()
+        box.mailbox.poll()
 
 
 def test_slots_have_regions_of_their_own():

@@ -43,13 +43,15 @@ class Configuration:
     max_stages: int
     window: int
     requests: tuple[Request, ...]
+    renew_steps: int = 4  # after so many steps epochs begin again
 
     def __str__(self) -> str:
         c, o = self.case.config, self.case.options
         exchange = "ONE_SHOT" if o["one_shot_rows"] is None else f"{o['strategy'].name} above {o['one_shot_rows']} rows"
         return (
             f"LANES={self.lanes}, {o['world_size']} ranks x {self.case.num_blocks} blocks, {exchange}, {o['max_rows']} rows, "
-            f"{o['down_slices']} down slices, ring {self.max_stages}/{self.window}, hidden {c.hidden_size}, {c.num_hidden_layers} layers, "
+            f"{o['down_slices']} down slices, ring {self.max_stages}/{self.window}, epochs of {self.renew_steps} steps, "
+            f"hidden {c.hidden_size}, {c.num_hidden_layers} layers, "
             f"requests {[(len(r.prompt), r.max_tokens, r.cancel_after) for r in self.requests]}"
         )
 
@@ -119,7 +121,8 @@ def configuration(number: int, lanes: int | None = None) -> Configuration:
     }  # fmt: skip
     stages = int(rng.integers(4, 13))
     case = Case(f"schedule{number}", number, config, blocks, (), options)
-    return Configuration(number, lanes, case, stages, int(rng.integers(1, min(stages, 4))), tuple(requests))
+    window = max(2, int(rng.integers(1, min(stages, 4))))  # tiles move in groups of up to two
+    return Configuration(number, lanes, case, stages, window, tuple(requests), int(rng.choice([1, 2, 4, 1 << 20])))
 
 
 def tiny(number: int, lanes: int = 32) -> Configuration:
@@ -151,4 +154,6 @@ def schedule(seed: int) -> Schedule:
         "pct_depth": int(rng.integers(1, 9)),
         "pct_steps": int(rng.choice([2_000, 20_000, 100_000])),
     }
+    if rng.integers(6) == 0:  # in the middle of it, or before it begins, or when all is done
+        options["abort_step"] = int(10 ** rng.uniform(1, 5))
     return Schedule(seed, options)

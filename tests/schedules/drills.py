@@ -40,12 +40,19 @@ class Host:
 
     def __init__(self, kernel: Kernel, stop: tuple[int, ...]):
         self.kernel, self.stop, self.commands, self.seen = kernel, stop, 0, []
+        self.order = np.random.default_rng(0)
         self.mailbox = kernel.host[: abi.Mailbox.itemsize].view(abi.Mailbox)[0]
         self.arena = kernel.host[abi.Mailbox.itemsize :].view(np.uint32)
 
     def put(self, command: Command, **fields) -> None:
+        """A host that stores a line's words in any order."""
         self.commands += 1
-        self.kernel._descriptor(self.mailbox, self.commands, command, **fields)
+        line, place = np.zeros(1, abi.Mailbox["descriptors"].subdtype[0]), (self.commands - 1) % abi.DESCRIPTOR_SLOTS
+        self.kernel._descriptor({"descriptors": line}, self.commands, command, at=0, **fields)
+        words, there = line.view(np.uint32), self.mailbox["descriptors"][place : place + 1].view(np.uint32)
+        for i in self.order.permutation(len(words)):
+            there[i] = words[i]
+            time.sleep(1e-5)
 
     def submit(self, request: int) -> None:
         """Always into slot 0 and its page."""
@@ -116,4 +123,20 @@ def dead_peer(source=None, trials: int = 3, first: int = 0) -> int:
     return trials
 
 
-DRILLS = (slot_reuse, dead_peer)
+def aborted_threads(source=None, trials: int = 40, first: int = 0) -> int:
+    """Every thread a fiber, and the abort word rises anywhere in a run: lanes of one warp may hear of it at different places."""
+    kernel = Kernel(tiny(0, 32), tap=False, source=source)
+    kernel.timeout_s = 20
+    try:
+        kernel.run(Schedule(0, {"mode": "random", "preempt": 16}))
+        dispatches = kernel.stats["steps"]
+        for trial in range(first, first + trials):
+            rng = np.random.default_rng(trial)
+            hostile = {"preempt": int(rng.choice([4, 16, 64])), "delay_copies": True, "stalls": trial % 2 == 1}
+            kernel.run(Schedule(trial, {"mode": "random", "abort_step": int(rng.integers(1, dispatches)), **hostile}))
+    finally:
+        kernel.close()
+    return trials
+
+
+DRILLS = (slot_reuse, dead_peer, aborted_threads)

@@ -1,7 +1,7 @@
 """Hunts mutations and writes who caught what, after how many runs and seconds.
 
-python -m tests.schedules.hunt [name …]            a table of all, or of some
-python -m tests.schedules.hunt --by schedules NAME one hunt, in this process
+python -m tests.schedules.hunt [name …]             rows of the table in docs/schedules.md, of all or of some
+python -m tests.schedules.hunt --by schedules NAME  one hunt, in this process
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import drills, sanitized
 from .campaign import DEADLINE_US, Kernel, _library
 from .configuration import SCHEDULES, Schedule, configuration, schedule
 from .mutations_across import MUTATIONS
-from .observation import Wrong, compare
+from .observation import Wrong
 
 ROOT = Path(__file__).parents[2]
 QUICK_CXX = f"{sys.executable} {Path(__file__).with_name('quick_cxx.py')}"
@@ -36,8 +36,23 @@ class Found:
     seconds: float
     what: str
 
-    def __str__(self) -> str:
-        return f"{self.by}, {self.runs} run(s), {self.seconds:.1f} s: {self.what}"
+    @property
+    def kind(self) -> str:
+        """What was seen, in a word or two."""
+        return next((kind for words, kind in KINDS if words in self.what), "wrong bits")
+
+
+NAMES = {"schedules": "schedules", "threads": "schedules of threads", "tsan": "ThreadSanitizer", "drill": "drill"}
+KINDS = (  # text of a find -> its kind
+    ("race", "race"), ("deadlock", "deadlock"), ("a wait", "a wait gave up"), ("misused", "misuse"), ("no end", "no end"),
+    ("crash", "crash"), ("stopped", "no end"), ("announced", "a record that was not there"),
+)  # fmt: skip
+
+
+def row(name: str, found: Found | None) -> str:
+    """One of the table in docs/schedules.md."""
+    seen = f"{NAMES[found.by]}: {found.kind} | {found.runs} runs, {found.seconds:.0f} s" if found else "**nobody** | "
+    return f"| `{name}` | {MUTATIONS[name].breaks} | {seen} |"
 
 
 def source_of(name: str) -> Path:
@@ -46,7 +61,7 @@ def source_of(name: str) -> Path:
     return MUTATIONS[name].apply(folder)
 
 
-def _known_kernels(**build):
+def _known_kernels(lanes: int, **build):
     """(seed, kernel, what a run of it must show): the mutant's memory, and the round-robin run of the kernel as it is."""
     kernel, number = None, None
     for seed in range(0, RUNS * STRIDE, STRIDE):
@@ -54,21 +69,24 @@ def _known_kernels(**build):
             number = seed // SCHEDULES
             if kernel:
                 kernel.close()
-            kernel = Kernel(configuration(number, 1), DEADLINE_US, **build)
+            kernel = Kernel(configuration(number, lanes), DEADLINE_US, **build)
             kernel.timeout_s = 10
-            mutant, kernel.kernel = kernel.kernel, SimKernel(_library(1, cxx=QUICK_CXX), kernel.shape)
-            known = kernel.run(Schedule(0))
+            mutant, kernel.kernel = kernel.kernel, SimKernel(_library(lanes, cxx=QUICK_CXX), kernel.shape)
+            try:
+                known = kernel.run(Schedule(0))
+            except (Wrong, DeviceError) as error:
+                raise RuntimeError(f"the kernel as it is fails in configuration {number}: {error}") from None
             kernel.kernel = mutant
         yield seed, kernel, known
 
 
-def by_schedules(name: str, seconds: float = SECONDS) -> str:
+def by_schedules(name: str, seconds: float = SECONDS, lanes: int = 1) -> str:
     began = None
-    for runs, (seed, kernel, known) in enumerate(_known_kernels(source=source_of(name), cxx=QUICK_CXX), 1):
+    for runs, (seed, kernel, known) in enumerate(_known_kernels(lanes, source=source_of(name), cxx=QUICK_CXX), 1):
         began = began or time.monotonic()
         print(f"runs {runs}", flush=True)  # of a process that may crash
         try:
-            compare(kernel.configuration, known, kernel.run(schedule(seed)))
+            kernel.check(known, schedule(seed))
         except (Wrong, DeviceError) as error:
             return f"seed {seed}: {str(error).splitlines()[0][:160]}"
         if time.monotonic() - began > seconds:
@@ -109,7 +127,7 @@ def hunt(name: str, by: str) -> Found | None:
         why = f"crash, status {done.returncode}" + (f": {done.stderr.splitlines()[-1][:120]}" if done.stderr else "")
     except subprocess.TimeoutExpired as error:
         out, crashed, why = (error.stdout or b"").decode(), True, "no end"
-    if "does not compile" in why or "mutation " in why:
+    if "does not compile" in why or "mutation " in why or "as it is" in why:
         raise RuntimeError(why)
     runs = out.count("runs ")
     said = [line.removeprefix("caught ") for line in out.splitlines() if line.startswith("caught ")]
@@ -121,7 +139,7 @@ def hunt(name: str, by: str) -> Found | None:
 def first_to_find(name: str) -> Found | None:
     """Whoever is expected to, then the others."""
     expected = MUTATIONS[name].by
-    for by in sorted(("schedules", "drill", "tsan"), key=lambda each: each != expected):
+    for by in sorted(("schedules", "drill", "tsan", "threads"), key=lambda each: each != expected):
         if found := hunt(name, by):
             return found
     return None
@@ -130,16 +148,16 @@ def first_to_find(name: str) -> Found | None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.schedules.hunt")
     parser.add_argument("names", nargs="*", metavar="name")
-    parser.add_argument("--by", choices=("schedules", "drill"))
+    parser.add_argument("--by", choices=("schedules", "threads", "drill"))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of schedules")
     args = parser.parse_args()
     if args.by:
-        if said := by_drill(args.names[0]) if args.by == "drill" else by_schedules(args.names[0], args.seconds):
+        name, lanes = args.names[0], 32 if args.by == "threads" else 1
+        if said := by_drill(name) if args.by == "drill" else by_schedules(name, args.seconds, lanes):
             print("caught " + said)
         return 3 if said else 0
     for name in args.names or MUTATIONS:
-        began = time.monotonic()
-        print(f"{name} | {first_to_find(name) or f'nobody, {time.monotonic() - began:.0f} s'}", flush=True)
+        print(row(name, first_to_find(name)), flush=True)
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .mutations import BLOCK, DRILL, NOBODY, RING, TSAN, WARP, Mutation, gone, one
+from .mutations import BLOCK, DRILL, RING, THREADS, TSAN, WARP, Mutation, gone, one
 
 IDLE = (
     "DEV void push_units(Block& b, Producer& p, const Matrix& m) {\n",
@@ -10,43 +10,32 @@ IDLE = (
     "  if (m.num_blocks > 1 && m.index == --m.num_blocks) m.index = m.units;\n",
 )
 IDLE_CLAIMS = ("i < kClaims && per_use; i++)", "i < kClaims && per_use && m.index < m.units; i++)")
+ADMIT = "  fence_sys();  // the descriptor was seen: now what the host wrote before it is, too\n"
+SYNC_RENEW = "    consumer_sync();\n    ROLLED for (u32 r ="
 WORDS = (
     one("one_epoch_for_all_layers", "words of the layer before are taken for this one's", "block.cuh",
-        "step * epochs_per_step() + layer + 1", "step * epochs_per_step() + 1"),
+        "renew_steps * epochs_per_step() + layer + 1", "renew_steps * epochs_per_step() + 1"),
     one("epochs_repeat", "words of two steps ago are taken for this step's", "block.cuh",
-        "return step * epochs_per_step() + layer + 1", "return (step & 1) * epochs_per_step() + layer + 1"),
+        "return step % shape().renew_steps *", "return (step & 1) *"),
     one("epoch_zero", "zeroed memory is taken for words", "block.cuh", "epochs_per_step() + layer + 1", "epochs_per_step() + layer"),
-    one("down_awaits_this_layer", "qkv waits for the wrong epoch", "decode.cu", "gate ? epoch : epoch - 1", "epoch"),
+    one("down_awaits_this_layer", "qkv waits for the wrong epoch", "decode.cu",
+        "down_exchange(), epoch - 1, phase", "down_exchange(), epoch, phase"),
     one("one_plan_buffer", "a plan is overwritten before every block has read it", "plan.cuh",
         "(step & 1) * plan_width()", "0 * plan_width()"),
     one("one_sum_buffer", "down sums overwrite o sums that a late block still reads", "exchange.cuh",
         "shape().off_down_part, shape().off_down_sum", "shape().off_down_part, shape().off_o_sum"),
     Mutation("block_without_a_unit", "condition C: one block publishes nothing in any matrix phase (as with grid > hidden / 8)",
              (("stream.cuh", *IDLE), ("stream.cuh", *IDLE_CLAIMS)), **DRILL),
-    Mutation("block_without_an_o_proj_unit", "condition C: one block publishes nothing in o_proj",
-             (("stream.cuh", IDLE[0], IDLE[1].replace("if (m.num_blocks", "if (b.waiter.phase == Phase::kOProj && m.num_blocks")),
-              ("stream.cuh", *IDLE_CLAIMS)), **NOBODY,
-             why="harmless where the block still has a unit of qkv, gate_up and down_proj, whose words carry the same order"),
     one("claims_start_elsewhere", "the claims of a use are counted from the wrong base", "phases/qkv.cuh",
         "b.step / 2", "(b.step + 1) / 2"),
     one("lm_head_claims_by_step", "the LM head's counter is taken to be used in every step", "decode.cu",
         "b.step & 1 ? p.num_lm_head_odd++ : p.num_lm_head_even++", "b.step / 2"),
-    Mutation("one_claim_counter", "a counter is shared by neighbouring steps",
-             (("stream.cuh", "(b.step & 1) * per_step + layer", "0 * per_step + layer"),
-              *((f"phases/{p}.cuh", "b.step / 2", "b.step") for p in ("qkv", "o_proj", "gate_up", "down_proj")),
-              ("decode.cu", "b.step & 1 ? p.num_lm_head_odd++ : p.num_lm_head_even++", "p.num_lm_head_even++")), **NOBODY,
-             why="no bug: all claims of a use precede the block's own first unit, which everybody waits for before the next use"),
 )  # fmt: skip
 KV = (
-    one("kv_writer_without_barrier", "a block's word leaves before its other warps' pages", "phases/lm_head.cuh",
-        "  if (!all_well(b)) return false;\n", "  if (b.waiter.failed) return false;\n", **NOBODY,
-        why="no bug: barriers of down_proj and of the exchange stand between append_kv and this one"),
     one("kv_writer_without_proxy_fence", "pages are written, but not for the async proxy", "phases/lm_head.cuh",
         "fence_async_global();  // the KV rule: this block's", "// the KV rule: this block's"),
     one("kv_writer_without_fence", "a block's word overtakes its pages", "phases/lm_head.cuh",
-        "    fence_gpu();\n    const u32 at", "    const u32 at", **NOBODY,
-        why="not in 80 s: the block's own fence as a reader follows at once and makes up for it; the litmus test of tests/sim does "
-        "find it (kv.cu, BUG_NO_WRITER_FENCE)"),
+        "    fence_gpu();\n    const u32 at", "    const u32 at"),
     one("kv_reader_without_fence", "words of `sample` make nothing else fresh", "phases/sample.cuh",
         "fence_gpu();  // the KV rule, reader's side", "// the KV rule, reader's side"),
     one("kv_reader_without_proxy_fence", "copies through the async proxy read old pages", "decode.cu",
@@ -54,14 +43,13 @@ KV = (
     Mutation("append_before_o_proj", "pages are written while other blocks' copies of them are in flight",
              (("decode.cu", "    if (phase == Phase::kGateUp) append_kv(b);\n", "    if (phase == Phase::kQkv) append_kv(b);\n"),), **TSAN),
     gone("chunk_without_proxy_fence", "a bulk copy into a stage is not ordered after plain writes to it", "phases/attention.cuh",
-         "fence_async_shared();", **NOBODY,
-         why="the simulator has one view of shared memory: fence_async_shared() is empty there (cuda racecheck may see it)"),
+         "if (completes) fence_async_shared();"),
 )  # fmt: skip
 MAILBOX = (
     one("two_steps_ahead", "a plan overwrites one that is not read yet", "mailbox.cuh",
         "m.published <= m.done + 1", "m.published <= m.done + 2"),
     one("step_not_awaited", "tokens are handed out before they are sampled", "mailbox.cuh",
-        "mbar_test_now(&b.shared->step_end[m.done & 1], m.done >> 1 & 1)", "true"),
+        "mbar_test_now({&b.shared->step_end[m.done & 1], m.done >> 1 & 1})", "true"),
     Mutation("one_token_buffer", "tokens of the next step overwrite those the mailbox still reads",
              (("phases/sample.cuh", "tokens[b.step & 1][row]", "tokens[0][row]"), ("plan.cuh", "tokens[(b.step & 1) ^ 1]", "tokens[0]"),
               ("mailbox.cuh", "m.shared->tokens[parity][r]", "m.shared->tokens[0][r]")), **TSAN),
@@ -71,10 +59,40 @@ MAILBOX = (
              (("mailbox.cuh", "  store_release_sys(&r->sequence, sequence);\n", ""),
               ("mailbox.cuh", "  store_relaxed_sys(&r->kind, (u32)kind);\n",
                "  store_release_sys(&r->sequence, sequence);\n  store_relaxed_sys(&r->kind, (u32)kind);\n")), **DRILL),
+    gone("admit_without_fence", "the prompt is read before the descriptor that speaks of it", "mailbox.cuh", ADMIT, **DRILL),
+    one("admit_with_gpu_fence", "wrong scope: what the host wrote is not ordered by a fence of the GPU", "mailbox.cuh",
+        ADMIT, ADMIT.replace("_sys", "_gpu"), **DRILL),
+    one("record_not_released", "a record's number is stored like the rest of it, in any order", "mailbox.cuh",
+        "store_release_sys(&r->sequence, sequence);", "store_relaxed_sys(&r->sequence, sequence);", **DRILL),
+    one("descriptor_not_checked", "half a line is taken for a descriptor", "mailbox.cuh",
+        " || d.check != descriptor_check(m.state->line)", "", **DRILL),
+)  # fmt: skip
+LEAVING = (
     gone("abort_not_looked_at", "a wait without a deadline outlives the kernel", "faults.cuh",
          "  if (aborted(params)) return true;\n", **DRILL),
+    one("stage_counted_after_failure", "a producer that was held up waits for a stage that it never filled (was here once)",
+        "stream.cuh", "if (!take_stage(b, p, unit)) return;\n  mbar_arrive(",
+        "if (!take_stage(b, p, unit)) return pass_stage(p);\n  mbar_arrive("),
+    Mutation("consumer_lane_by_lane", "lanes that give up leave the others at a collective (was here twice)",
+             (("stream.cuh", "mbar_wait_warp(b.waiter, Wait::kTile, full, full2,", "mbar_wait(b.waiter, Wait::kTile, false, full, full2,"),
+              ("stream.cuh", "mbar_wait_warp(b.waiter, Wait::kTile, full, also", "mbar_wait(b.waiter, Wait::kTile, false, full, also")),
+             **DRILL),
+    one("adder_lane_by_lane", "the same where partial sums are added", "adders.cuh",
+        "mbar_wait_warp(b.waiter, Wait::kPartial, done)", "mbar_wait(b.waiter, Wait::kPartial, false, done)", **DRILL),
+    one("leaves_without_a_vote", "a block's warps do not leave together", "words.cuh", "  return all_well(b);\n}\n\n}  // namespace",
+        "  consumer_sync();\n  return !b.waiter.failed;\n}\n\n}  // namespace", **THREADS),
 )  # fmt: skip
-MUTATIONS = {m.name: m for m in (*BLOCK, *WARP, *RING, *WORDS, *KV, *MAILBOX)}
+RENEW = (
+    one("renew_without_zeros", "epochs begin again and old words match them", "renew.cuh", "; meeting && pair <", "; false && pair <"),
+    one("renew_without_first_meeting", "words are zeroed that a late block still waits for", "renew.cuh",
+        "meeting = 0; meeting < 2", "meeting = 1; meeting < 2"),
+    one("renew_without_second_meeting", "words of the next step are zeroed", "renew.cuh",
+        SYNC_RENEW, "    if (meeting) break;\n" + SYNC_RENEW),
+    one("renew_without_barrier", "a block is at the meeting before all its zeros are", "renew.cuh", SYNC_RENEW, "    ROLLED for (u32 r ="),
+    one("renew_with_one_set_of_words", "who is late at the first meeting finds the second's words", "renew.cuh",
+        "meeting * sources * 2", "0 * sources * 2"),
+)  # fmt: skip
+MUTATIONS = {m.name: m for m in (*BLOCK, *WARP, *RING, *WORDS, *KV, *MAILBOX, *LEAVING, *RENEW)}
 QUICK = (  # of every group one; hand-picked for time
     "gather_without_barrier", "hand_over_without_warp_sync", "expect_too_few_bytes", "one_sum_buffer",
     "kv_reader_without_proxy_fence", "two_steps_ahead",

@@ -60,6 +60,18 @@ def read_records(configuration: Configuration, records: np.ndarray, num_commands
     return seen
 
 
+def read_prefix(configuration: Configuration, records: np.ndarray, num_commands: int) -> None:
+    """Of a run that was aborted: records without a gap, commands in order, tokens in order, nothing after a request's release."""
+    records = records[np.flatnonzero(records["sequence"])]
+    expect([int(r["sequence"]) for r in records] == list(range(1, len(records) + 1)), "records are not in order")
+    acks = [int(r["token"]) for r in records if r["kind"] == Record.ACK]
+    expect(acks == list(range(1, len(acks) + 1)) and len(acks) <= num_commands, f"acknowledged were {acks}")
+    for i in range(len(configuration.requests)):
+        mine = [r for r in records if r["request"] == i and r["kind"] != Record.ACK]
+        expect([int(r["index"]) for r in mine] == list(range(len(mine))), f"request {i}: tokens are not in order")
+        expect(all(r["kind"] == Record.TOKEN for r in mine[:-1]), f"request {i} goes on after its release")
+
+
 def last_rows(shape: np.void, plans: np.ndarray) -> list[tuple[int, int, bool]]:
     """(slot, position, samples) of the last step with rows, from both buffers of plan words; after a shutdown."""
     width = planner.plan_words(int(shape["max_rows"]))

@@ -1,24 +1,30 @@
 """Runs of the kernel in a process under a sanitizer, and what the sanitizer said. test_tsan.py and the hunt for mutations use it.
 
-python -m tests.schedules.sanitized tsan|ubsan <lanes> <source or -> <configuration> …    (t0, t1, t2: the tiny ones)
+python -m tests.schedules.sanitized tsan|ubsan|asan <lanes> <source or -> <configuration> …    (t0, t1, t2: the tiny ones)
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from imex_persist.device import hostcc
 
-from .campaign import Kernel
+from .campaign import Device, Kernel
 from .configuration import Schedule, configuration, tiny
 from .observation import compare
 
 ROOT = Path(__file__).parents[2]
 UBSAN = "g++ -fsanitize=undefined -fno-inline -fno-tree-vectorize"  # with inlining it compiles for minutes
+# Stacks are fibers' own, which AddressSanitizer does not follow: it watches what is on the heap, globals, and what is poisoned by hand,
+# that is the gaps between the blocks' shared memories (launch.cpp) and what follows each buffer (guarded, below).
+ASAN = "g++ -fsanitize=address --param=asan-stack=0 -O1"
+GUARD_BYTES = 4096
 # ThreadSanitizer remembers four accesses of a word: what many threads read shows a late reader under some schedules only.
 SCHEDULES = {
     32: (Schedule(0), Schedule(1, {"mode": "random", "preempt": 16})),
@@ -38,6 +44,11 @@ def environment(kind: str) -> dict[str, str]:
     """Of a process that loads a sanitized build: the sanitizer must be there before everything else."""
     if kind == "tsan":
         return hostcc.tsan_environment()
+    if kind == "asan":
+        library = subprocess.run(
+            ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        return {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}  # Python's own
     return {**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
@@ -80,8 +91,22 @@ def races(stderr: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def guarded(zeros):
+    """SimDevice.zeros, with bytes after each buffer that nobody may touch."""
+    poison = ctypes.CDLL(None).__asan_poison_memory_region
+
+    def allocate(self, nbytes: int):
+        buffer = zeros(self, nbytes + GUARD_BYTES)
+        poison(ctypes.c_void_p(buffer.address + nbytes), ctypes.c_size_t(GUARD_BYTES))
+        return replace(buffer, nbytes=nbytes)
+
+    return allocate
+
+
 def main(kind: str, lanes: str, source: str, *names: str) -> None:
-    build = {"tsan": True} if kind == "tsan" else {"cxx": UBSAN}
+    build = {"tsan": True} if kind == "tsan" else {"cxx": UBSAN if kind == "ubsan" else ASAN}
+    if kind == "asan":
+        Device.zeros = guarded(Device.zeros)
     for name in names:
         chosen = tiny(int(name[1:]), int(lanes)) if name[0] == "t" else configuration(int(name), int(lanes))
         kernel = Kernel(chosen, source=None if source == "-" else source, tap=False, **build)

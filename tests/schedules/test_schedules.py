@@ -63,6 +63,7 @@ def test_what_is_drawn():
     for name in ("delay_stores", "delay_copies", "split_words", "stalls"):
         assert {s[name] for s in schedules} == {False, True}
     assert {s["mode"] for s in schedules} == {"random", "pct"}
+    assert 10 < sum("abort_step" in s for s in schedules) < 100
 
 
 @pytest.mark.parametrize("drill", drills.DRILLS, ids=lambda drill: drill.__name__)

@@ -1,4 +1,5 @@
-// What every litmus kernel needs besides its own few lines: who it is, and a give_up that records the fault like faults.cuh.
+// What every small kernel here needs besides its own few lines: who it is, and a give_up that records the fault like faults.cuh.
+// The litmus tests proper, whose rules docs/litmus.md argues, also compile for GPUs: message, reuse, kv, fence, poll, record.
 #pragma once
 
 #include "primitives.cuh"
@@ -18,6 +19,8 @@ DEV bool give_up(const RankParams* params, Phase, u32, Wait kind, bool idle, u32
   for (u32 r = 0; r < shape().world_size; r++) store_relaxed_sys(abort_of(r), 1);
   return true;
 }
+
+DEV bool aborted(const RankParams* params) { return load_relaxed_sys((u32*)((u64*)params->peers[params->rank] + shape().off_abort)); }
 
 struct Me {
   const RankParams* params;
@@ -40,6 +43,32 @@ DEV u32 wait_one(Waiter& w, const u64* pair, u32 epoch, u32 source = 0,
   u32 out[1][2];
   wait_words<1>(w, Wait::kWords, idle, epoch, 1, [&](int) { return pair; }, [&](int) { return source; }, out);
   return out[0][0];
+}
+
+// ---------------------------------------------------------------------------------------------- litmus tests
+// Every block has a partner: the same block of the other rank, or with one rank the neighbouring block. RankParams.tap counts, u32.
+constexpr u32 kLitmusThreads = kConsumerWarps * LANES;
+enum Count { kWrong, kTorn, kGaveUp };
+DEV u32* counts(const Me& me) { return (u32*)me.params->tap; }
+DEV u32 partner_rank(const Me& me) { return shape().world_size == 2 ? me.params->rank ^ 1 : me.params->rank; }
+DEV u32 partner_block(const Me& me) { return shape().world_size == 2 ? me.block : me.block ^ 1; }
+DEV u64* words_at(const Me& me, u32 rank, u32 offset) { return (u64*)me.params->peers[rank] + offset; }
+// What word `index` of a sender holds in a round: nothing that another word or round has too, as far as a test will see.
+DEV u32 payload_of(u32 rank, u32 block, u32 index, u32 epoch) {
+  u32 h = epoch * 0x9e3779b1u ^ (rank * 1024 + block) * 0x85ebca77u ^ index * 0xc2b2ae3du;
+  h ^= h >> 15;
+  return h * 0x27d4eb2fu;
+}
+// Looks again and again until `there()`, as the mailbox does; false when the deadline passes.
+template <class There>
+DEV bool look_until(Me& me, u32 expected, There there) {
+  const u64 began = timer_ns();
+  for (u32 polls = 1; !there(); polls++) {
+    if (polls % kPollsPerCheck == 0 && give_up(me.params, Phase::kEmbed, 0, Wait::kWords, false, partner_rank(me), expected, 0, began))
+      return false;
+    mailbox_pause(polls);
+  }
+  return true;
 }
 
 }  // namespace imex

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tests.sim import ring
-from tests.sim.kernels import Small
 
 SCHEDULES = {
     "rr": {},
@@ -54,15 +53,3 @@ def test_planted_bug_of_the_ring_is_found(lanes, bug):
             return False
 
     assert found(right, 100) is not None
-
-
-@pytest.mark.parametrize("lanes", [1, 32])
-def test_kv_rule_holds(lanes):
-    kernel = Small("kv.cu", lanes, blocks=2, rounds=8, mode="random", delay=True)
-    assert found(lambda seed: not kernel.run(seed)[:2].any(), 100 if lanes == 1 else 10) is None
-
-
-@pytest.mark.parametrize("bug", ["BARRIER", "WRITER_PROXY", "WRITER_FENCE", "READER_FENCE", "READER_PROXY"])
-def test_every_step_of_the_kv_rule_is_needed(bug):
-    kernel = Small("kv.cu", 1, blocks=2, rounds=8, mode="random", delay=True, defines=(f"BUG_NO_{bug}",))
-    assert found(lambda seed: not kernel.run(seed)[:2].any(), 100) is not None

@@ -1,0 +1,49 @@
+// Epochs have 32 bits. Before they would wrap, every renew_steps steps, all words are zeroed and epochs begin again: nothing of the steps
+// before can match, and no server has to be started anew because it has run for days.
+//
+// Between two steps all blocks of all ranks meet, zero their share of their own rank's memory, and meet again. Why this is enough:
+//   - a block comes to the first meeting when it has passed `sample` and its barrier: it has read all it will ever read of the step, and
+//     whatever it sent has been read by somebody who is at the meeting too, or is on the way there. So nobody stores or awaits a word
+//     of the zeroed buffers while they are zeroed. Plans are not zeroed: the mailbox is ahead, and their epochs may wrap (block.cuh);
+//   - a block stores words of the next step after the second meeting, and they must not be overtaken by another's zeros. Words order
+//     nothing but themselves, so: zeros, consumer barrier, fence.acq_rel.sys, the word; the word, fence.acq_rel.sys, barrier, the store;
+//   - the two meetings have words of their own: who is late at the first must still find what others have overwritten at the second.
+//     The next renewal's first word is stored after the second meeting of this one, hence after everybody has left its first.
+#pragma once
+#include "words.cuh"
+
+namespace imex {
+
+DEV bool renews(u32 step) { return (step + 1) % shape().renew_steps == 0; }
+
+// All consumers; true when the block must leave. A call with plain numbers: it runs once in hours and must not cost the step a register.
+DEV_CALL bool renew_words(const RankParams* params, u32 index, u32 thread, u32 step) {
+  const u32 blocks = shape().num_blocks, sources = shape().world_size * blocks;
+  Waiter waiter = {params, shape().num_layers, Phase::kSample, false};
+  ROLLED for (u32 meeting = 0; meeting < 2; meeting++) {
+    const u32 epoch = step / shape().renew_steps * 2 + meeting + 1, at = shape().off_renew + meeting * sources * 2;
+    u64* own = (u64*)params->peers[params->rank];
+    const u32 begin = shape().off_qkv / 2 + index * kConsumerThreads + thread;
+    ROLLED for (u32 pair = begin; meeting && pair < shape().off_renew / 2; pair += blocks * kConsumerThreads)
+      store_words(own + 2 * pair, 0, 0, 0);
+    consumer_sync();
+    ROLLED for (u32 r = thread; r < shape().world_size; r += kConsumerThreads) {
+      fence_sys();
+      store_words((u64*)params->peers[r] + at + 2 * (params->rank * blocks + index), 0, 0, epoch);
+    }
+    ROLLED for (u32 i = thread; i < sources; i += kConsumerThreads) {
+      u32 words[1][2];
+      wait_words<1>(
+          waiter, Wait::kWords, false, epoch, 1, [&](int) { return own + at + 2 * i; }, [&](int) { return i / blocks; }, words);
+    }
+    fence_sys();
+    if (consumer_any(waiter.failed)) return true;
+  }
+  return false;
+}
+DEV bool renew(Block& b) {
+  b.waiter.failed = renew_words(b.params, b.index, b.thread, b.step);
+  return !b.waiter.failed;
+}
+
+}  // namespace imex
