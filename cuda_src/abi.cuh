@@ -37,6 +37,7 @@ constexpr int kRecordSlots = 1024;
 constexpr unsigned int kTokenFromRow = 2147483648u;
 constexpr unsigned int kRowSamples = 2147483648u;
 constexpr unsigned int kPlanAligns = 2147483648u;
+constexpr unsigned int kPlanNewPages = 2147483648u;
 constexpr unsigned int kDescriptorMagic = 1229800792u;
 
 // The phases of a decode step: a file in cuda_src/phases, a reference function, a test, a trace span.
@@ -142,6 +143,7 @@ struct Shape {
   unsigned int off_down_sum;
   unsigned int off_best;
   unsigned int off_align;
+  unsigned int off_page_table;
   unsigned int off_abort;
   unsigned int symmetric_words;
   unsigned int smem_x;
@@ -156,7 +158,7 @@ struct Shape {
   unsigned int trace;
   unsigned int trace_every;
 };
-static_assert(sizeof(Shape) == 192);
+static_assert(sizeof(Shape) == 196);
 IMEX_OFFSET(Shape, hidden_size, 0);
 IMEX_OFFSET(Shape, num_layers, 4);
 IMEX_OFFSET(Shape, num_heads, 8);
@@ -192,19 +194,20 @@ IMEX_OFFSET(Shape, off_down_part, 124);
 IMEX_OFFSET(Shape, off_down_sum, 128);
 IMEX_OFFSET(Shape, off_best, 132);
 IMEX_OFFSET(Shape, off_align, 136);
-IMEX_OFFSET(Shape, off_abort, 140);
-IMEX_OFFSET(Shape, symmetric_words, 144);
-IMEX_OFFSET(Shape, smem_x, 148);
-IMEX_OFFSET(Shape, smem_part, 152);
-IMEX_OFFSET(Shape, smem_residual, 156);
-IMEX_OFFSET(Shape, smem_rope, 160);
-IMEX_OFFSET(Shape, smem_ring, 164);
-IMEX_OFFSET(Shape, smem_bytes, 168);
-IMEX_OFFSET(Shape, tap, 172);
-IMEX_OFFSET(Shape, only_phase, 176);
-IMEX_OFFSET(Shape, only_layer, 180);
-IMEX_OFFSET(Shape, trace, 184);
-IMEX_OFFSET(Shape, trace_every, 188);
+IMEX_OFFSET(Shape, off_page_table, 140);
+IMEX_OFFSET(Shape, off_abort, 144);
+IMEX_OFFSET(Shape, symmetric_words, 148);
+IMEX_OFFSET(Shape, smem_x, 152);
+IMEX_OFFSET(Shape, smem_part, 156);
+IMEX_OFFSET(Shape, smem_residual, 160);
+IMEX_OFFSET(Shape, smem_rope, 164);
+IMEX_OFFSET(Shape, smem_ring, 168);
+IMEX_OFFSET(Shape, smem_bytes, 172);
+IMEX_OFFSET(Shape, tap, 176);
+IMEX_OFFSET(Shape, only_phase, 180);
+IMEX_OFFSET(Shape, only_layer, 184);
+IMEX_OFFSET(Shape, trace, 188);
+IMEX_OFFSET(Shape, trace_every, 192);
 
 struct RankParams {
   unsigned long long qkv;
@@ -216,7 +219,6 @@ struct RankParams {
   unsigned long long norms;
   unsigned long long rope;
   unsigned long long kv;
-  unsigned long long page_table;
   unsigned long long claims;
   unsigned long long peers[8];
   unsigned long long mailbox;
@@ -226,7 +228,7 @@ struct RankParams {
   unsigned int rank;
   unsigned int deadline_us;
 };
-static_assert(sizeof(RankParams) == 192);
+static_assert(sizeof(RankParams) == 184);
 IMEX_OFFSET(RankParams, qkv, 0);
 IMEX_OFFSET(RankParams, o_proj, 8);
 IMEX_OFFSET(RankParams, gate_up, 16);
@@ -236,24 +238,23 @@ IMEX_OFFSET(RankParams, embed, 40);
 IMEX_OFFSET(RankParams, norms, 48);
 IMEX_OFFSET(RankParams, rope, 56);
 IMEX_OFFSET(RankParams, kv, 64);
-IMEX_OFFSET(RankParams, page_table, 72);
-IMEX_OFFSET(RankParams, claims, 80);
-IMEX_OFFSET(RankParams, peers, 88);
-IMEX_OFFSET(RankParams, mailbox, 152);
-IMEX_OFFSET(RankParams, fault, 160);
-IMEX_OFFSET(RankParams, tap, 168);
-IMEX_OFFSET(RankParams, trace, 176);
-IMEX_OFFSET(RankParams, rank, 184);
-IMEX_OFFSET(RankParams, deadline_us, 188);
+IMEX_OFFSET(RankParams, claims, 72);
+IMEX_OFFSET(RankParams, peers, 80);
+IMEX_OFFSET(RankParams, mailbox, 144);
+IMEX_OFFSET(RankParams, fault, 152);
+IMEX_OFFSET(RankParams, tap, 160);
+IMEX_OFFSET(RankParams, trace, 168);
+IMEX_OFFSET(RankParams, rank, 176);
+IMEX_OFFSET(RankParams, deadline_us, 180);
 
 struct LaunchParams {
   RankParams ranks[8];
   unsigned int num_ranks;
   unsigned int _pad;
 };
-static_assert(sizeof(LaunchParams) == 1544);
+static_assert(sizeof(LaunchParams) == 1480);
 IMEX_OFFSET(LaunchParams, ranks, 0);
-IMEX_OFFSET(LaunchParams, num_ranks, 1536);
+IMEX_OFFSET(LaunchParams, num_ranks, 1472);
 
 struct Descriptor {
   unsigned int sequence;
@@ -266,7 +267,8 @@ struct Descriptor {
   unsigned int num_stop;
   unsigned int max_tokens;
   unsigned int min_tokens;
-  unsigned int _reserved[5];
+  unsigned int cached_len;
+  unsigned int _reserved[4];
   unsigned int check;
 };
 static_assert(sizeof(Descriptor) == 64);
@@ -280,6 +282,7 @@ IMEX_OFFSET(Descriptor, num_pages, 24);
 IMEX_OFFSET(Descriptor, num_stop, 28);
 IMEX_OFFSET(Descriptor, max_tokens, 32);
 IMEX_OFFSET(Descriptor, min_tokens, 36);
+IMEX_OFFSET(Descriptor, cached_len, 40);
 IMEX_OFFSET(Descriptor, check, 60);
 
 struct TokenRecord {

@@ -155,7 +155,7 @@ def _fixed_bytes(config: ModelConfig, shape: np.void) -> dict[str, int]:
     return {
         "weight_bytes": sum(packing.rank_bytes(config, shape).values()),
         "symmetric_bytes": int(shape["symmetric_words"]) * 8,
-        "table_bytes": 4 * (int(shape["num_slots"]) * int(shape["pages_per_slot"]) + planner.num_claims(shape)),
+        "table_bytes": 4 * planner.num_claims(shape),
         "context_bytes": CONTEXT_BYTES,
     }
 
