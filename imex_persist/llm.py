@@ -53,6 +53,7 @@ class LLM:
                 page_size=int(self.shape["page_size"]),
                 max_model_len=self.max_model_len,
                 on_silence=self.group.probe,
+                share_pages=self.config.enable_prefix_caching,
             )
             self.group.on_fault(self._engine.fail)
         except BaseException:

@@ -68,6 +68,7 @@ class Completion:
             [self.output],
             self.finished,
             self.metrics,
+            self.request.num_cached_tokens,
         )
 
     def _show(self, event: TokenEvent) -> str:
