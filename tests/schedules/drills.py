@@ -12,7 +12,6 @@ import numpy as np
 
 from imex_persist import abi
 from imex_persist.abi import Command, Record
-
 from tests.kernel.cases import Case
 
 from .campaign import Kernel
