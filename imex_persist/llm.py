@@ -153,10 +153,12 @@ class LLM:
                     self._engine.cancel(completion.request)
         return [completion.result() for completion in completions]
 
-    def _completion(self, request: Request, text: str | None, params: SamplingParams) -> Completion:
+    def _completion(
+        self, request: Request, text: str | None, params: SamplingParams, request_id: str | None = None
+    ) -> Completion:
         tokenizer = self.model.tokenizer
         detokenizer = tokenizer and tokenizer.detokenizer(params.skip_special_tokens)
-        return Completion(request, text, params, detokenizer, self._engine.cancel)
+        return Completion(request, text, params, detokenizer, self._engine.cancel, request_id)
 
 
 def _tagged(events: queue.SimpleQueue, index: int) -> Sink:
