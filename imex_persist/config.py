@@ -50,7 +50,7 @@ class EngineConfig:
         None, f"rows of a step, decode and prompt rows together; else what fits, at most {DEFAULT_MAX_ROWS}"
     )
     kv_cache_memory_bytes: int | None = setting(
-        None, "KV cache of a rank, in bytes; else as much as the sequences can use, at most 16 GiB (sim: 2)"
+        None, "KV cache of a rank, in bytes; else as much as the sequences can use, at most what is free (sim: 2 GiB)"
     )
     enable_prefix_caching: bool = setting(
         True, "KV pages of earlier requests stand for a prompt's beginning where tokens are equal"

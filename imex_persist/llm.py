@@ -43,7 +43,8 @@ class LLM:
         self.group = Group(placement, deadline_s=deadline_s)
         try:
             machine = capacity.shared_machine(self.group.open(), len(placement.places[0].ranks))
-            self.shape = capacity.choose_shape(self.config, self.model.config, machine, placement.kind)
+            free = self.group.free_bytes if placement.kind == "cuda" else None  # the simulator's is everybody's
+            self.shape = capacity.choose_shape(self.config, self.model.config, machine, placement.kind, free)
             with startup.progress_bar(self.config.tensor_parallel_size) as progress:
                 mailbox = self.group.launch(self.shape, weights.spec(self.config), self.max_model_len, progress)
             self._engine = Engine(
@@ -60,7 +61,7 @@ class LLM:
             self.group.close()
             raise
         self._finalizer = weakref.finalize(self, _end, self._engine, self.group)
-        for line in startup.lines(self.shape, self.group):
+        for line in startup.lines(self.shape, self.group, capacity.fixed_bytes(self.model.config, self.shape)):
             log(line)
 
     # ---------------------------------------------------------------------------------------- vLLM's calls
