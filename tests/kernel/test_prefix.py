@@ -134,6 +134,39 @@ def test_what_a_ghost_wrote_is_not_used(make_device):
         assert run.engine.kept_pages == 1
 
 
+def test_the_page_table_of_a_new_request_is_whole(make_device):
+    """In every rank's memory: all that is reserved, more pages than lanes fetch at once, and beside it the other slot's."""
+    device = make_device(2)
+    shape = make_shape(
+        CONFIG, world_size=2, max_rows=2, num_slots=2, num_pages=300, max_model_len=8192, machine=device.machine
+    )  # fmt: skip
+    with Served(device, CONFIG, DummyWeights(CONFIG, 3), shape, max_model_len=8192) as run:
+        requests = [run.submit([7, 8, 9], count) for count in (5000, 4000)]
+        for request in requests:
+            request.events.get(timeout=60)
+    reserved = [request.reservation.pages for request in requests]
+    assert [len(pages) for pages in reserved] == [157, 126]
+    for rank in run.ranks:
+        table = device.download(rank.symmetric, int(shape["off_page_table"]) * 8, 2 * 256 * 4).view(np.uint32).reshape(2, 256)
+        for request, pages in zip(requests, reserved, strict=True):
+            assert table[request.slot, : len(pages)].tolist() == pages and not table[request.slot, len(pages) :].any()
+
+
+def test_a_cancel_frees_within_three_steps_of_the_call(make_device):
+    """From `Engine.cancel` to the moment when its slot and pages are free; a busy machine may delay the host, not every time."""
+    took = []
+    with served(make_device, 1, rows=8) as run:
+        for i in range(6):
+            request = run.submit([i, 1, 2], 300)
+            while len(request.generated) < 5:
+                pass
+            steps = run.mailbox.steps
+            run.engine.cancel(request)
+            run.check_all_is_back()
+            took.append(run.mailbox.steps - steps)
+    assert min(took) <= 3, took
+
+
 def test_what_a_cancelled_prompt_left_is_not_used(make_device):
     with served(make_device, 2, rows=1) as run:
         request = run.submit(prompt_of(400), 4)

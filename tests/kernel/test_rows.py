@@ -18,12 +18,15 @@ CONFIG = model(
 )  # fmt: skip
 
 
+def kernel(rows: int, slots: int, longest: int) -> KernelRun:
+    device = SimDevice(lanes=1, num_blocks=2)
+    shape = planner.make_shape(CONFIG, max_rows=rows, num_slots=slots, max_model_len=longest, machine=device.machine)
+    return KernelRun(device, CONFIG, DummyWeights(CONFIG, seed=1), shape)
+
+
 def steps_of(rows: int, slots: int, requests: list[tuple[int, int]]) -> tuple[list[set[int]], int]:
     """For (prompt length, max_tokens) of each request: who got a token in each step in which anybody did, and how many steps ran."""
-    device = SimDevice(lanes=1, num_blocks=2)
-    longest = max(prompt + tokens for prompt, tokens in requests)
-    shape = planner.make_shape(CONFIG, max_rows=rows, num_slots=slots, max_model_len=longest, machine=device.machine)
-    run = KernelRun(device, CONFIG, DummyWeights(CONFIG, seed=1), shape)
+    run = kernel(rows, slots, max(prompt + tokens for prompt, tokens in requests))
     tokens = run.decode(
         [{"prompt": [1 + (i + j) % 39 for j in range(n)], "max_tokens": count} for i, (n, count) in enumerate(requests)]
     )
@@ -31,7 +34,7 @@ def steps_of(rows: int, slots: int, requests: list[tuple[int, int]]) -> tuple[li
     records = [r for r in run.records if r["kind"] == abi.Record.TOKEN]
     steps = [{int(r["request"]) for r in step} for _, step in groupby(records, key=lambda r: int(r["time_ns"]))]
     total = int(run.host[: abi.Mailbox.itemsize].view(abi.Mailbox)[0]["header"]["steps"])
-    device.close()
+    run.device.close()
     return steps, total
 
 
@@ -81,3 +84,22 @@ def test_prompts_are_answered_in_order(rows, decoding):
     assert firsts == sorted(firsts)
     if decoding < rows:
         assert firsts[0] <= -(-prompts[0] // (rows - decoding)) + 3
+
+
+@pytest.mark.parametrize("prompt", [1, 500], ids=["while it decodes", "in its prompt"])
+@pytest.mark.parametrize("looks", [0, 1, 5, 20, 40])  # of the mailbox at its ring, before it finds the cancel
+def test_a_cancel_frees_within_three_steps(prompt, looks):
+    """Counted in tokens of another sequence, which has one in every step."""
+    run = kernel(4, 2, 600)
+    noops = [(abi.Command.NOOP, {})] * looks
+    run.decode(
+        [{"prompt": [3], "max_tokens": 90}, {"prompt": [5] * prompt, "max_tokens": 90}],
+        [*noops, (abi.Command.CANCEL, {"request": 1})],
+    )
+    kinds = [(int(r["kind"]), int(r["request"])) for r in run.records]
+    taken = next(i for i, r in enumerate(run.records) if r["kind"] == abi.Record.ACK and r["token"] == looks + 3)
+    released = kinds.index((abi.Record.RELEASE, 1))
+    assert run.records[released]["finish"] == abi.Finish.CANCELLED
+    between = kinds[min(taken, released) : max(taken, released)]
+    assert between.count((abi.Record.TOKEN, 0)) <= 3 and (abi.Record.TOKEN, 1) not in between
+    run.device.close()
