@@ -27,10 +27,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, make_engine: Callable) -> int:
     """`make_engine()` gives the LLM. Returns the exit code."""
-    from imex_persist.sampling_params import SamplingParams, check_supported
+    from imex_persist.sampling_params import SamplingParams
 
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
-    check_supported(params)
     with make_engine() as llm:
         if llm.model.require_tokenizer().chat_template is None:
             raise ValueError(f"{args.model} has no chat template: complete prompts with imex-persist generate")

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from imex_persist.runtime.request import Event, Request, Submission
-from imex_persist.sampling_params import SamplingParams, check_supported
+from imex_persist import sampling_params
+from imex_persist.runtime.request import Event, Request
+from imex_persist.sampling_params import SamplingParams
 
 WAIT_S = 120.0  # for any one request to go on
 
@@ -62,7 +63,7 @@ def random_params(rng: np.random.Generator, sizes: Sizes) -> SamplingParams:
         "max_tokens": most,
         "min_tokens": int(rng.integers(0, most + 1)) if rng.integers(4) == 0 else 0,
         "ignore_eos": bool(rng.integers(2)),
-        "stop_token_ids": [int(t) for t in rng.integers(0, vocab, rng.integers(0, 4))],
+        "stop_token_ids": [int(t) for t in rng.integers(0, vocab, rng.integers(0, 13))],
         "temperature": 0.0,
     }
     if rng.integers(2):
@@ -82,9 +83,10 @@ def random_params(rng: np.random.Generator, sizes: Sizes) -> SamplingParams:
 
 def supported(params: SamplingParams) -> SamplingParams:
     """`params` without what is refused by name."""
+    check = getattr(sampling_params, "check_supported", lambda _: None)  # gone once everything is
     while True:
         try:
-            check_supported(params)
+            check(params)
             return params
         except ValueError as error:
             name = str(error).partition("=")[0]
@@ -180,7 +182,3 @@ def check_ends(wanted: list[Wanted]) -> dict[str, int]:
             assert reason == "abort" and one.cancel_after is not None, f"request {i} ended with {reason}"
             assert len(tokens) < most
     return counts
-
-
-def submission_of(one: Wanted) -> Submission:
-    return one.request.submission
