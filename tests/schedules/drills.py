@@ -82,7 +82,7 @@ def _repeat(case: Case, requests: tuple[Given, ...], expected: list[list[int]], 
     kernel = Kernel(mine, tap=False, source=source)
     try:
         for trial in trials:
-            weak = {"delay_stores": trial % 2 == 0, "delay_copies": True, "stalls": trial % 3 == 0}
+            weak = {"delay_stores": trial % 4 > 0, "delay_copies": True, "stalls": trial % 3 == 0}
             kernel.reset()
             host = Host(kernel, requests)
             got = host.serve(kernel.start(Schedule(trial, {"mode": "random", "preempt": 8, **weak})))
@@ -112,7 +112,7 @@ def slot_reuse(source=None, trials: int = 60, first: int = 0) -> int:
     return _repeat(case, (replace(requests[0], stop=(stop,)), requests[1]), expected, source, range(first, first + trials))
 
 
-def shared_page(source=None, trials: int = 12, first: int = 0) -> int:
+def shared_page(source=None, trials: int = 24, first: int = 0) -> int:
     """A request that begins in its second page: the first is an earlier one's, and the slot's page table is new in that very step."""
     case = tiny(1, 1).case
     config = replace(case.config, head_dim=128)  # pages of 32 positions
