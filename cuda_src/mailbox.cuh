@@ -171,8 +171,9 @@ DEV u32 oldest_prompt(const MailboxState& s, u32 ticket) {
 // oldest first. Where there are as many rows as slots everybody has a row in every step: a prompt never costs a sequence one, and a
 // gap between two tokens is one step of at most max_rows rows. With more slots than rows the next step's dealing goes on where this
 // one's ended, so nobody waits for more than ceil(num_slots / max_rows) steps, a prompt no more than a sequence that decodes: without a
-// turn of its own it would wait as long as others fill the step. Prompts share one turn, not one each: the first is answered earlier,
-// the last no later. The order of a step's rows, and which step a row is in, change none of its bits.
+// turn of its own it would wait as long as others fill the step. Prompts share one turn, not one each: however many wait, sequences that
+// decode lose no more by them, and the first to come is answered first. The order of a step's rows, and which step a row is in, change
+// none of its bits.
 DEV u32 choose_rows(MailboxWarp& m) {
   MailboxState& s = *m.state;
   const u32 step = m.published, prompt = oldest_prompt(s, 0), first = m.turn;

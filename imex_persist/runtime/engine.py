@@ -286,14 +286,14 @@ class Engine:
             cancelled = record.finish == abi.Finish.CANCELLED  # carries no token of its own
             if not cancelled:
                 request.generated.append(record.token)
-                if len(request.generated) == 1:  # all of the prompt is in the pages
+                if len(request.generated) == 1 and self._share_pages:  # all of the prompt is in the pages
                     self._pages.keep(request.reservation, request.submission.prompt_token_ids)
             request.tell(TokenEvent(None if cancelled else record.token, reason, record.time_ns, time.perf_counter()))
         elif record.kind == abi.Record.RELEASE:
             self._end(request, "abort")  # says nothing if the request has its reason already
             del self._resident[request.id]
             self._slots.give([request.slot])
-            self._pages.release(request.reservation, request.confirmed)
+            self._pages.release(request.reservation, request.confirmed if self._share_pages else ())
 
     def _end(self, request: Request, reason: str) -> None:
         request.tell(TokenEvent(None, reason, 0, time.perf_counter()))
