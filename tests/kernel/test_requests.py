@@ -13,6 +13,7 @@ from imex_persist.model.dummy import DummyWeights
 from imex_persist.model.reference import Reference
 from imex_persist.planner import make_shape
 from imex_persist.runtime import inputs
+from imex_persist.sampling_params import SamplingParams
 
 from .cases import model
 from .serving import Served
@@ -57,12 +58,18 @@ def alone(one: Wanted) -> Wanted:
 def check_margins(world_size: int, wanted: list[Wanted]) -> None:
     """Greedy tokens have the reference's largest logit, or one that its tolerance cannot tell from it."""
     reference = Reference(CONFIG, DummyWeights(CONFIG, 5), world_size=world_size)
-    plain = [one for one in wanted if one.params.greedy and one.tokens and one.params.repetition_penalty == 1]
+    plain = [one for one in wanted if one.tokens and takes_the_largest_logit(one.params)]
     for one in plain:
         logits = reference.forward(reference.sequence(), [*one.prompt, *one.tokens[:-1]])[len(one.prompt) - 1 :]
         margins = logits.max(axis=1) - logits[np.arange(len(one.tokens)), one.tokens]
         assert np.all(margins <= 2 * logit_limit(logits)), f"{one.tokens} after {one.prompt} are not greedy: {margins}"
     assert plain
+
+
+def takes_the_largest_logit(params: SamplingParams) -> bool:
+    """Without penalties, nor stop tokens that are masked for a while."""
+    changed = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty or params.min_tokens
+    return params.greedy and not changed
 
 
 def check_requests(world_size: int, count: int, margins: int) -> None:
