@@ -101,7 +101,7 @@ def test_a_seeded_part(world_size):
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("world_size", MACHINES)
 def test_all(world_size):
     """2,100 requests in all."""
