@@ -37,6 +37,7 @@ constexpr int kRecordSlots = 1024;
 constexpr unsigned int kTokenFromRow = 2147483648u;
 constexpr unsigned int kRowSamples = 2147483648u;
 constexpr unsigned int kPlanAligns = 2147483648u;
+constexpr unsigned int kPlanNewPages = 2147483648u;
 constexpr unsigned int kDescriptorMagic = 1229800792u;
 constexpr unsigned int kDescriptorFactor = 2654435761u;
 
@@ -145,6 +146,7 @@ struct Shape {
   unsigned int off_best;
   unsigned int off_align;
   unsigned int off_renew;
+  unsigned int off_page_table;
   unsigned int off_abort;
   unsigned int symmetric_words;
   unsigned int smem_x;
@@ -159,7 +161,7 @@ struct Shape {
   unsigned int trace;
   unsigned int trace_every;
 };
-static_assert(sizeof(Shape) == 200);
+static_assert(sizeof(Shape) == 204);
 IMEX_OFFSET(Shape, hidden_size, 0);
 IMEX_OFFSET(Shape, num_layers, 4);
 IMEX_OFFSET(Shape, num_heads, 8);
@@ -197,19 +199,20 @@ IMEX_OFFSET(Shape, off_down_sum, 132);
 IMEX_OFFSET(Shape, off_best, 136);
 IMEX_OFFSET(Shape, off_align, 140);
 IMEX_OFFSET(Shape, off_renew, 144);
-IMEX_OFFSET(Shape, off_abort, 148);
-IMEX_OFFSET(Shape, symmetric_words, 152);
-IMEX_OFFSET(Shape, smem_x, 156);
-IMEX_OFFSET(Shape, smem_part, 160);
-IMEX_OFFSET(Shape, smem_residual, 164);
-IMEX_OFFSET(Shape, smem_rope, 168);
-IMEX_OFFSET(Shape, smem_ring, 172);
-IMEX_OFFSET(Shape, smem_bytes, 176);
-IMEX_OFFSET(Shape, tap, 180);
-IMEX_OFFSET(Shape, only_phase, 184);
-IMEX_OFFSET(Shape, only_layer, 188);
-IMEX_OFFSET(Shape, trace, 192);
-IMEX_OFFSET(Shape, trace_every, 196);
+IMEX_OFFSET(Shape, off_page_table, 148);
+IMEX_OFFSET(Shape, off_abort, 152);
+IMEX_OFFSET(Shape, symmetric_words, 156);
+IMEX_OFFSET(Shape, smem_x, 160);
+IMEX_OFFSET(Shape, smem_part, 164);
+IMEX_OFFSET(Shape, smem_residual, 168);
+IMEX_OFFSET(Shape, smem_rope, 172);
+IMEX_OFFSET(Shape, smem_ring, 176);
+IMEX_OFFSET(Shape, smem_bytes, 180);
+IMEX_OFFSET(Shape, tap, 184);
+IMEX_OFFSET(Shape, only_phase, 188);
+IMEX_OFFSET(Shape, only_layer, 192);
+IMEX_OFFSET(Shape, trace, 196);
+IMEX_OFFSET(Shape, trace_every, 200);
 
 struct RankParams {
   unsigned long long qkv;
@@ -221,7 +224,6 @@ struct RankParams {
   unsigned long long norms;
   unsigned long long rope;
   unsigned long long kv;
-  unsigned long long page_table;
   unsigned long long claims;
   unsigned long long peers[8];
   unsigned long long mailbox;
@@ -231,7 +233,7 @@ struct RankParams {
   unsigned int rank;
   unsigned int deadline_us;
 };
-static_assert(sizeof(RankParams) == 192);
+static_assert(sizeof(RankParams) == 184);
 IMEX_OFFSET(RankParams, qkv, 0);
 IMEX_OFFSET(RankParams, o_proj, 8);
 IMEX_OFFSET(RankParams, gate_up, 16);
@@ -241,24 +243,23 @@ IMEX_OFFSET(RankParams, embed, 40);
 IMEX_OFFSET(RankParams, norms, 48);
 IMEX_OFFSET(RankParams, rope, 56);
 IMEX_OFFSET(RankParams, kv, 64);
-IMEX_OFFSET(RankParams, page_table, 72);
-IMEX_OFFSET(RankParams, claims, 80);
-IMEX_OFFSET(RankParams, peers, 88);
-IMEX_OFFSET(RankParams, mailbox, 152);
-IMEX_OFFSET(RankParams, fault, 160);
-IMEX_OFFSET(RankParams, tap, 168);
-IMEX_OFFSET(RankParams, trace, 176);
-IMEX_OFFSET(RankParams, rank, 184);
-IMEX_OFFSET(RankParams, deadline_us, 188);
+IMEX_OFFSET(RankParams, claims, 72);
+IMEX_OFFSET(RankParams, peers, 80);
+IMEX_OFFSET(RankParams, mailbox, 144);
+IMEX_OFFSET(RankParams, fault, 152);
+IMEX_OFFSET(RankParams, tap, 160);
+IMEX_OFFSET(RankParams, trace, 168);
+IMEX_OFFSET(RankParams, rank, 176);
+IMEX_OFFSET(RankParams, deadline_us, 180);
 
 struct LaunchParams {
   RankParams ranks[8];
   unsigned int num_ranks;
   unsigned int _pad;
 };
-static_assert(sizeof(LaunchParams) == 1544);
+static_assert(sizeof(LaunchParams) == 1480);
 IMEX_OFFSET(LaunchParams, ranks, 0);
-IMEX_OFFSET(LaunchParams, num_ranks, 1536);
+IMEX_OFFSET(LaunchParams, num_ranks, 1472);
 
 struct Descriptor {
   unsigned int sequence;
@@ -271,7 +272,8 @@ struct Descriptor {
   unsigned int num_stop;
   unsigned int max_tokens;
   unsigned int min_tokens;
-  unsigned int _reserved[5];
+  unsigned int cached_len;
+  unsigned int _reserved[4];
   unsigned int check;
 };
 static_assert(sizeof(Descriptor) == 64);
@@ -285,6 +287,7 @@ IMEX_OFFSET(Descriptor, num_pages, 24);
 IMEX_OFFSET(Descriptor, num_stop, 28);
 IMEX_OFFSET(Descriptor, max_tokens, 32);
 IMEX_OFFSET(Descriptor, min_tokens, 36);
+IMEX_OFFSET(Descriptor, cached_len, 40);
 IMEX_OFFSET(Descriptor, check, 60);
 
 struct TokenRecord {

@@ -37,13 +37,17 @@ DEV const u64* value_words(const Block& b, int row, int kv_head) {
   return key_words(b, row, kv_head) + shape().num_kv_heads * (shape().head_dim / 2);
 }
 
-// The physical page of a slot's page number `number`, as row `r` needs it: pages begun in this step are in the plan, older ones in
-// the table, written in an earlier step under the KV rule.
+// u32 [num_slots, pages_per_slot] in a rank's symmetric memory: which page holds which part of a slot's sequence. Rank 0's mailbox
+// writes it when a request is admitted (write_page_table, mailbox.cuh, says why readers see it).
+DEV u32* page_table(const RankParams* p, u32 rank) { return (u32*)((u64*)p->peers[rank] + shape().off_page_table); }
+
+// The physical page of a slot's page number `number`, as row `r` needs it: from the plan, where the step has a row of that page, which
+// saves short contexts a round trip to memory, else from the table.
 DEV u32 find_page(const Block& b, int r, u32 number) {
   const Row& row = b.shared->rows[r];
   ROLLED for (int i = r; i >= (int)row.first_row; i--)
     if (b.shared->rows[i].position / shape().page_size == number) return b.shared->rows[i].page;
-  return load_global((u32*)b.params->page_table + row.slot * shape().pages_per_slot + number);
+  return load_global(page_table(b.params, b.params->rank) + row.slot * shape().pages_per_slot + number);
 }
 
 }  // namespace imex

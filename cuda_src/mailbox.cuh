@@ -7,6 +7,7 @@
 // back to the host (RELEASE) when the last step with a row of it is done.
 #pragma once
 #include "faults.cuh"
+#include "kv.cuh"
 #include "plan.cuh"
 
 namespace imex {
@@ -56,6 +57,8 @@ struct MailboxWarp {
   u32 heartbeat;  // the host's, and when it last changed
   u64 heard_ns;
   u32 next_align;  // trace.cuh
+  u32 turn = 0;            // the slot that is dealt a row first (choose_rows)
+  bool new_pages = false;  // a page table was written since the last plan
 };
 
 DEV u32* arena_of(const MailboxWarp& m) { return (u32*)(m.host + 1); }
@@ -95,7 +98,7 @@ DEV void admit(MailboxWarp& m, const Descriptor& d) {
   slot.max_tokens = d.max_tokens;
   slot.min_tokens = d.min_tokens;
   slot.num_stop = smaller(d.num_stop, kMaxStopIds);
-  slot.next_position = 0;
+  slot.next_position = d.cached_len;
   slot.num_planned = slot.num_emitted = 0;
   slot.last_step = ~0u;
   slot.finish = (u32)Finish::kNone;
@@ -112,6 +115,29 @@ DEV u32 descriptor_check(const u32* line) {
     check ^= check >> 15;
   }
   return check;
+}
+// All lanes write a new request's page table in every rank, whole: all its pages are reserved. Only this warp writes page tables; the
+// producers of all ranks read them (find_page, kv.cuh). Nobody reads this slot's now: the last step with a row of its last request is
+// done, so every block has sent the word that follows its copies, and the next step with a row of it is planned after this.
+// Words order nothing but themselves, so the other direction takes two fences: here, between the stores of all lanes and the header of
+// the next plan, which says kPlanNewPages; and by whoever reads such a header, before its block's producer goes on (begin_step).
+DEV void write_page_table(MailboxWarp& m) {
+  constexpr int kBatch = 4;  // reads of host memory under way
+  const Descriptor& d = *(const Descriptor*)m.state->line;
+  warp_sync();  // after lane 0's fence in `admit`: what the host wrote before the descriptor is there for all lanes
+  const u32* pages = arena_of(m) + d.arena + d.prompt_len;
+  ROLLED for (u32 base = m.lane; base < d.num_pages; base += kBatch * LANES) {
+    u32 page[kBatch];
+    UNROLL for (int i = 0; i < kBatch; i++) page[i] = load_relaxed_sys(pages + smaller(base + i * LANES, d.num_pages - 1));
+    ROLLED for (u32 rank = 0; rank < shape().world_size; rank++) {
+      u32* table = page_table(m.params, rank) + d.slot * shape().pages_per_slot;
+      UNROLL for (int i = 0; i < kBatch; i++)
+        if (base + i * LANES < d.num_pages) store_global(table + base + i * LANES, page[i]);
+    }
+  }
+  warp_sync();
+  fence_sys();
+  m.new_pages = true;
 }
 // Looks at the next descriptor: the poll is the read. One 64-byte line by one warp-wide load, taken if sequence and check match;
 // a line half-written is simply not taken yet. Returns the command, kNone when there is nothing; lane 0's answer counts.
@@ -136,13 +162,30 @@ DEV Command poll_descriptor(MailboxWarp& m) {
 }
 
 // ---------------------------------------------------------------------------------------------- steps
-// Lane 0 fills `planned` for step m.published: a row for every sequence that decodes, what is left for prompts, in order of
-// admission. Returns the number of rows.
+// The slot of the prompt that has waited longest, of those with this ticket or a later one; ~0u: there is none.
+DEV u32 oldest_prompt(const MailboxState& s, u32 ticket) {
+  u32 best = ~0u;
+  ROLLED for (u32 i = 0; i < shape().num_slots; i++) {
+    const SlotState& slot = s.slots[i];
+    if (slot.active != 1 || slot.next_position >= slot.prompt_len || slot.ticket < ticket) continue;
+    if (best == ~0u || slot.ticket < s.slots[best].ticket) best = i;
+  }
+  return best;
+}
+// Lane 0 fills `planned` for step m.published. Returns the number of rows.
+//
+// Rows are dealt one at a time, in turn, to each sequence that decodes and to the oldest prompt; what is left then goes to prompts, the
+// oldest first. Where there are as many rows as slots everybody has a row in every step: a prompt never costs a sequence one, and a
+// gap between two tokens is one step of at most max_rows rows. With more slots than rows the next step's dealing goes on where this
+// one's ended, so nobody waits for more than ceil(num_slots / max_rows) steps, a prompt no more than a sequence that decodes: without a
+// turn of its own it would wait as long as others fill the step. Prompts share one turn, not one each: however many wait, sequences that
+// decode lose no more by them, and the first to come is answered first. The order of a step's rows, and which step a row is in, change
+// none of its bits.
 DEV u32 choose_rows(MailboxWarp& m) {
   MailboxState& s = *m.state;
-  const u32 step = m.published;
+  const u32 step = m.published, prompt = oldest_prompt(s, 0), first = m.turn;
   PlannedRow* rows = s.planned[step & 1];
-  u32 count = 0;
+  u32 count = 0, dealt = 0;  // rows of `planned`; with the prompt's, which come last to be neighbours
   s.num_sampling = 0;
   auto add = [&](SlotState& slot, u32 index, u32 source) {
     PlannedRow& row = rows[count];
@@ -155,24 +198,22 @@ DEV u32 choose_rows(MailboxWarp& m) {
     slot.num_planned += row.samples;
     s.num_sampling += row.samples;
   };
-  const u32 first = shape().num_slots > shape().max_rows ? step : 0;  // more sequences than rows take turns
-  ROLLED for (u32 turn = 0; turn < shape().num_slots && count < shape().max_rows; turn++) {
-    const u32 i = (first + turn) % shape().num_slots;
-    SlotState& slot = s.slots[i];
-    if (slot.active != 1 || slot.next_position < slot.prompt_len || slot.num_planned == slot.max_tokens) continue;
-    add(slot, i, slot.last_step < m.done ? kKnownToken : slot.last_row);
-  }
-  ROLLED for (u32 ticket = 0; count < shape().max_rows;) {  // the longest-waiting prompt next
-    u32 best = ~0u;
-    ROLLED for (u32 i = 0; i < shape().num_slots; i++) {
-      const SlotState& slot = s.slots[i];
-      if (slot.active == 1 && slot.next_position < slot.prompt_len && slot.ticket >= ticket && slot.last_step != step)
-        if (best == ~0u || slot.ticket < s.slots[best].ticket) best = i;
+  m.turn = 0;
+  ROLLED for (u32 i = 0; i < shape().num_slots; i++) {
+    const u32 index = (first + i) % shape().num_slots;
+    SlotState& slot = s.slots[index];
+    if (index != prompt) {
+      if (slot.active != 1 || slot.next_position < slot.prompt_len || slot.num_planned == slot.max_tokens) continue;
+      add(slot, index, slot.last_step < m.done ? kKnownToken : slot.last_row);
     }
-    if (best == ~0u) break;
-    SlotState& slot = s.slots[best];
-    ticket = slot.ticket + 1;
-    while (count < shape().max_rows && slot.next_position < slot.prompt_len) add(slot, best, kArenaToken);
+    if (++dealt < shape().max_rows) continue;
+    m.turn = (index + 1) % shape().num_slots;
+    break;
+  }
+  ROLLED for (u32 next = dealt > count ? prompt : ~0u; next != ~0u && count < shape().max_rows;) {
+    SlotState& slot = s.slots[next];
+    while (count < shape().max_rows && slot.next_position < slot.prompt_len) add(slot, next, kArenaToken);
+    next = oldest_prompt(s, slot.ticket + 1);
   }
   s.num_planned[step & 1] = count;
   return count;
@@ -202,8 +243,10 @@ DEV void publish_plan(MailboxWarp& m, u32 rows, Command command) {
   if (m.lane == 0) {
     const u32 aligns = rows && plan_aligns(step, m.published == m.done, m.next_align) ? kPlanAligns : 0;
     ROLLED for (u32 rank = 0; rank < shape().world_size; rank++)
-      store_words((u64*)m.params->peers[rank] + plan_offset(step), rows | (u32)command << 16, m.state->num_sampling | aligns, epoch);
+      store_words((u64*)m.params->peers[rank] + plan_offset(step), rows | (u32)command << 16 | (m.new_pages ? kPlanNewPages : 0),
+                  m.state->num_sampling | aligns, epoch);
   }
+  m.new_pages = false;
   m.published++;
 }
 // Lane 0 hands the tokens of step m.done to the host and ends what ends.
@@ -275,6 +318,7 @@ DEV void run_mailbox(Block& b) {
     u32 command = (u32)poll_descriptor(m);
     command = shuffle(command, 0);
     if (command) m.next_sequence++;
+    if (command == (u32)Command::kSubmit) write_page_table(m);
     leaving |= command == (u32)Command::kShutdown;
     if (m.lane == 0) {
       const bool may_publish = m.published <= m.done + 1 && m.published < kLastStep;  // every block has read its buffer's last plan

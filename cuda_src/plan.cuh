@@ -20,13 +20,14 @@ DEV bool begin_step(Block& b) {
     const u64* from = own_words(b, plan_offset(b.step) + 2 * pair);
     wait_words<1>(
         b.waiter, Wait::kPlan, true, plan_epoch(b.step), 1, [&](int) { return from; }, [&](int) { return 0u; }, words);
+    if (pair == 0 && words[0][0] & kPlanNewPages) fence_sys();  // page tables are seen by this block from its next barrier on
     s.plan[2 * pair] = words[0][0];
     s.plan[2 * pair + 1] = words[0][1];
   }
   if (!all_well(b)) return false;
   if (b.thread == 0) {
     s.num_rows = s.plan[0] & 0xffff;
-    s.command = s.plan[0] >> 16;
+    s.command = (s.plan[0] & ~kPlanNewPages) >> 16;
     s.num_sampling = shape().trace ? s.plan[1] & ~kPlanAligns : s.plan[1];
   }
   const int rows = s.plan[0] & 0xffff;
@@ -40,8 +41,6 @@ DEV bool begin_step(Block& b) {
     int first = r;
     while (first > 0 && (words[2 - kPlanRowWords * (r - first + 1)] & ~kRowSamples) == row.slot) first--;
     row.first_row = first;
-    if (b.index == 0)  // read by this rank's producers in later steps, under the KV rule
-      store_global((u32*)b.params->page_table + row.slot * shape().pages_per_slot + row.position / shape().page_size, row.page);
   }
   const int turns = shape().head_dim / 2;
   ROLLED for (int i = b.thread; i < rows * turns; i += kConsumerThreads) {

@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "DeviceError",
     "FaultError",
     "ImexError",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "__version__",
 ]
 
 _HOME = {
     "LLM": "imex_persist.llm",
+    "AsyncLLM": "imex_persist.async_llm",
+    "RequestOutputKind": "imex_persist.sampling_params",
     "SamplingParams": "imex_persist.sampling_params",
     "CompletionOutput": "imex_persist.outputs",
     "RequestOutput": "imex_persist.outputs",
@@ -27,10 +31,11 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from imex_persist.async_llm import AsyncLLM
     from imex_persist.errors import DeviceError, FaultError, ImexError
     from imex_persist.llm import LLM
     from imex_persist.outputs import CompletionOutput, RequestOutput
-    from imex_persist.sampling_params import SamplingParams
+    from imex_persist.sampling_params import RequestOutputKind, SamplingParams
 
 
 def __getattr__(name: str):

@@ -41,6 +41,7 @@ RECORD_SLOTS = 1024  # entries of the record ring
 TOKEN_FROM_ROW = 0x80000000  # plan: the token is what row (value & 0xff) of the previous step sampled
 ROW_SAMPLES = 0x80000000  # plan: this row's logits are sampled (set in the slot word)
 PLAN_ALIGNS = 0x80000000  # plan: clocks are aligned before this step (set in the header's second word; trace.cuh)
+PLAN_NEW_PAGES = 0x80000000  # plan: a page table was written since the step before (set in the header's first word)
 DESCRIPTOR_MAGIC = 0x494D4558  # "IMEX": where a descriptor's check word begins
 DESCRIPTOR_FACTOR = 0x9E3779B1  # odd, so that multiplying by it loses nothing
 
@@ -168,6 +169,7 @@ Shape = _struct(
     ("off_best", "u4"),
     ("off_align", "u4"),  # nothing unless `trace` is set
     ("off_renew", "u4"),
+    ("off_page_table", "u4"),  # not words: u32 [num_slots, pages_per_slot]
     ("off_abort", "u4"),
     ("symmetric_words", "u4"),
     # shared memory, offsets in bytes
@@ -196,7 +198,6 @@ RankParams = _struct(
     ("norms", "u8"),  # bf16 [2 * num_layers + 1, hidden_size]: input, post-attention of each layer, final
     ("rope", "u8"),  # float [max positions, head_dim / 2, 2]: cos, sin
     ("kv", "u8"),  # bf16 [num_layers, num_pages, num_kv_heads, page bytes / 2]
-    ("page_table", "u8"),  # u32 [num_slots, pages_per_slot]
     ("claims", "u8"),  # u32 [2, num_layers * (3 + down_slices) + 1], zeroed before launch
     ("peers", "u8", MAX_RANKS),  # symmetric memory of each rank as this rank maps it, [rank] its own
     ("mailbox", "u8"),  # struct Mailbox, mapped host memory; rank 0 only
@@ -224,7 +225,8 @@ Descriptor = _struct(  # one 64-byte line, host -> device
     ("num_stop", "u4"),
     ("max_tokens", "u4"),
     ("min_tokens", "u4"),
-    ("_reserved", "u4", 5),
+    ("cached_len", "u4"),  # positions whose keys and values are in the pages already: whole pages, less than the prompt
+    ("_reserved", "u4", 4),
     ("check", "u4"),  # descriptor_check of the other fifteen words
 )
 
@@ -302,7 +304,7 @@ CONSTANTS = (
     "MAX_RANKS MAX_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS "
     "ADDER_WARPS TRACE_WRITERS ALIGN_ROUNDS ALIGN_EVERY ALIGN_SLOTS NUM_WARPS PART_SLOTS MAX_STOP_IDS "
     "PLAN_HEADER_WORDS PLAN_ROW_WORDS SHARED_MAILBOX_BYTES SHARED_HEADER_BYTES DESCRIPTOR_SLOTS RECORD_SLOTS TOKEN_FROM_ROW ROW_SAMPLES "
-    "PLAN_ALIGNS DESCRIPTOR_MAGIC DESCRIPTOR_FACTOR"
+    "PLAN_ALIGNS PLAN_NEW_PAGES DESCRIPTOR_MAGIC DESCRIPTOR_FACTOR"
 ).split()
 _C_TYPES = {"u4": "unsigned int", "u8": "unsigned long long", "f4": "float"}
 

@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"imex-persist {imex_persist.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_generate(commands)
+    _add_chat(commands)
     _add_demo(commands)
     _add_trace(commands)
     _add_front(commands)
@@ -188,6 +189,24 @@ def _as_json(output) -> dict:
             }
         ],
     }
+
+
+# -------------------------------------------------------------------------------------------------- chat
+def _add_chat(commands) -> None:
+    from imex_persist.front.chat import add_arguments
+
+    command = _command(commands, "chat", _chat, "Talk with a model in this terminal, or with the lines of a pipe.")
+    add_arguments(command)
+    _add_engine_options(command)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from imex_persist.front.chat import run
+    from imex_persist.front.settings import require_model
+
+    _import_engine()
+    args.model = require_model(args)
+    return run(args, lambda: _engine(args, args.model))
 
 
 # -------------------------------------------------------------------------------------------------- demo

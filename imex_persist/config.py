@@ -50,7 +50,10 @@ class EngineConfig:
         None, f"rows of a step, decode and prompt rows together; else what fits, at most {DEFAULT_MAX_ROWS}"
     )
     kv_cache_memory_bytes: int | None = setting(
-        None, "KV cache of a rank, in bytes; else as much as the sequences can use, at most 16 GiB (sim: 2)"
+        None, "KV cache of a rank, in bytes; else as much as the sequences can use, at most what is free (sim: 2 GiB)"
+    )
+    enable_prefix_caching: bool = setting(
+        True, "KV pages of earlier requests stand for a prompt's beginning where tokens are equal"
     )
     load_format: str = setting("auto", "auto, or dummy for random weights")
     seed: int = setting(0, "seed of dummy weights")
@@ -76,6 +79,8 @@ class EngineConfig:
         _integer("seed", self.seed, 0, 2**64 - 1)
         _integer("trace_events", self.trace_events, 0, 1 << 20)
         _integer("trace_every", self.trace_every, 1, 1 << 20)
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ValueError(f"enable_prefix_caching is {self.enable_prefix_caching!r}: True or False is allowed")
         if self.trace_events & (self.trace_events - 1):
             raise ValueError(f"trace_events is {self.trace_events}: 0 or a power of two is allowed")
         _one_of("load_format", self.load_format, LOAD_FORMATS)

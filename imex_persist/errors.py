@@ -11,3 +11,7 @@ class DeviceError(ImexError):
 
 class FaultError(ImexError):
     """The resident kernel or one of its ranks stopped answering."""
+
+
+class RingFullError(ImexError):
+    """The kernel has not taken the descriptors before this one yet, and the caller did not want to wait."""

@@ -43,7 +43,8 @@ class LLM:
         self.group = Group(placement, deadline_s=deadline_s)
         try:
             machine = capacity.shared_machine(self.group.open(), len(placement.places[0].ranks))
-            self.shape = capacity.choose_shape(self.config, self.model.config, machine, placement.kind)
+            free = self.group.free_bytes if placement.kind == "cuda" else None  # the simulator's is everybody's
+            self.shape = capacity.choose_shape(self.config, self.model.config, machine, placement.kind, free)
             with startup.progress_bar(self.config.tensor_parallel_size) as progress:
                 mailbox = self.group.launch(self.shape, weights.spec(self.config), self.max_model_len, progress)
             self._engine = Engine(
@@ -53,13 +54,14 @@ class LLM:
                 page_size=int(self.shape["page_size"]),
                 max_model_len=self.max_model_len,
                 on_silence=self.group.probe,
+                share_pages=self.config.enable_prefix_caching,
             )
             self.group.on_fault(self._engine.fail)
         except BaseException:
             self.group.close()
             raise
         self._finalizer = weakref.finalize(self, _end, self._engine, self.group)
-        for line in startup.lines(self.shape, self.group):
+        for line in startup.lines(self.shape, self.group, capacity.fixed_bytes(self.model.config, self.shape)):
             log(line)
 
     # ---------------------------------------------------------------------------------------- vLLM's calls
@@ -152,10 +154,12 @@ class LLM:
                     self._engine.cancel(completion.request)
         return [completion.result() for completion in completions]
 
-    def _completion(self, request: Request, text: str | None, params: SamplingParams) -> Completion:
+    def _completion(
+        self, request: Request, text: str | None, params: SamplingParams, request_id: str | None = None
+    ) -> Completion:
         tokenizer = self.model.tokenizer
         detokenizer = tokenizer and tokenizer.detokenizer(params.skip_special_tokens)
-        return Completion(request, text, params, detokenizer, self._engine.cancel)
+        return Completion(request, text, params, detokenizer, self._engine.cancel, request_id)
 
 
 def _tagged(events: queue.SimpleQueue, index: int) -> Sink:

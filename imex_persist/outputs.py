@@ -42,6 +42,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = True
     metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0  # of the prompt: keys and values were there from earlier requests
 
 
 @dataclass(frozen=True)

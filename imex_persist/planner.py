@@ -185,6 +185,7 @@ def _place_symmetric_memory(s) -> None:
         ("off_best", world * blocks * rows * 2),
         ("off_align", align_words(s)),
         ("off_renew", 2 * world * blocks * 2),
+        ("off_page_table", -(-int(s["num_slots"]) * int(s["pages_per_slot"]) // 2)),
         ("off_abort", 16),
     ):
         s[field] = offset

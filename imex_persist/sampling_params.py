@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -10,6 +11,14 @@ from imex_persist import abi
 
 MAX_LOGPROBS = 20
 GREEDY_EPSILON = 1e-5  # vLLM: a temperature below is greedy
+
+
+class RequestOutputKind(enum.Enum):
+    """What each RequestOutput of AsyncLLM.generate holds."""
+
+    CUMULATIVE = 0  # everything so far
+    DELTA = 1  # what came since the one before
+    FINAL_ONLY = 2  # everything, and there is only the last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         _integer("n", self.n, 1)
@@ -60,6 +70,8 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: True or False is allowed")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise ValueError(f"output_kind is {self.output_kind!r}: a member of RequestOutputKind is allowed")
         object.__setattr__(self, "stop", _strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
 

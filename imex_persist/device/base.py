@@ -43,6 +43,10 @@ class Device(Protocol):
         """What peers and logs need: {"uuid": …, "name": …, "arch": "sm_90a" or "sim"}."""
         ...
 
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes."""
+        ...
+
     def zeros(self, nbytes: int) -> Buffer:
         """Zeroed memory that only this process sees."""
         ...

@@ -183,6 +183,11 @@ class SimDevice:
         return {"uuid": f"sim-{os.getpid()}-{id(self):x}", "name": f"simulator on {platform.machine()}", "arch": "sim"}
 
     # ------------------------------------------------------------------------------------------ memory
+    def memory(self) -> tuple[int, int]:
+        self.host_calls += 1
+        page = os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+
     def zeros(self, nbytes: int) -> Buffer:
         self.host_calls += 1
         try:

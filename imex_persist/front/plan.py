@@ -55,12 +55,12 @@ def make_plan(model: str, card: Card, why: str, given: dict, contexts: tuple[int
     if world is None:
         raise ValueError(f"{opened.name} does not fit {abi.MAX_RANKS} ranks of {card.name}: {sizes[-1]['why_not']}")
     config = EngineConfig(model=model, **{**settings_, "tensor_parallel_size": world})
-    shape = capacity.choose_shape(config, opened.config, card.machine, "cuda")
-    if why_not := _too_large(opened.config, shape, card):
-        advice = (
-            f"use tensor_parallel_size {needed}" if needed and needed > world else "use a smaller max_model_len or max_num_seqs"
-        )
-        raise ValueError(f"{why_not}: {advice}")
+    try:
+        shape = _shape(config, opened.config, card)
+    except ValueError as error:
+        if needed is None or needed <= world:
+            raise
+        raise ValueError(f"{error}; use tensor_parallel_size {needed}") from None
     limit = capacity.choose_max_model_len(config, opened.config, "cuda")
     for context in contexts:
         if not 1 <= context <= limit:
@@ -134,15 +134,13 @@ def _size(config: EngineConfig, model: ModelConfig, card: Card) -> dict:
     world = config.tensor_parallel_size
     out: dict = {"tensor_parallel_size": world, "possible": False, "why_not": None}
     try:
-        shape = capacity.choose_shape(config, model, card.machine, "cuda")
+        shape = _shape(config, model, card)
     except ValueError as error:
         return {**out, "why_not": str(error)}
     _, kv_heads = planner.heads_per_rank(model, world)
-    why_not = _too_large(model, shape, card)
     return {
         **out,
-        "possible": why_not is None,
-        "why_not": why_not,
+        "possible": True,
         "weight_bytes": sum(packing.rank_bytes(model, shape).values()),
         "padded_kv_heads": kv_heads * world - model.num_key_value_heads,
         "max_rows": int(shape["max_rows"]),
@@ -150,28 +148,13 @@ def _size(config: EngineConfig, model: ModelConfig, card: Card) -> dict:
     }
 
 
-def _fixed_bytes(config: ModelConfig, shape: np.void) -> dict[str, int]:
-    """What a rank allocates (runtime/rank.py) beside KV pages, and CUDA's own."""
-    return {
-        "weight_bytes": sum(packing.rank_bytes(config, shape).values()),
-        "symmetric_bytes": int(shape["symmetric_words"]) * 8,
-        "table_bytes": 4 * (int(shape["num_slots"]) * int(shape["pages_per_slot"]) + planner.num_claims(shape)),
-        "context_bytes": CONTEXT_BYTES,
-    }
-
-
-def _too_large(config: ModelConfig, shape: np.void, card: Card) -> str | None:
-    need = sum(_fixed_bytes(config, shape).values()) + planner.kv_bytes(shape)
-    if need <= card.memory_bytes:
-        return None
-    return (
-        f"a rank of {int(shape['world_size'])} needs {need / 2**30:.1f} GiB ({planner.kv_bytes(shape) / 2**30:.1f} of them for KV "
-        f"pages) and {card.name} has {card.memory_bytes / 2**30:.1f}"
-    )
+def _shape(config: EngineConfig, model: ModelConfig, card: Card) -> np.void:
+    """The runtime's, on a card that nobody else uses."""
+    return capacity.choose_shape(config, model, card.machine, "cuda", card.memory_bytes - CONTEXT_BYTES)
 
 
 def _memory(config: ModelConfig, shape: np.void, card: Card, max_model_len: int) -> dict:
-    fixed, per_token = _fixed_bytes(config, shape), kv_bytes_per_token(shape)
+    fixed, per_token = capacity.fixed_bytes(config, shape) | {"context_bytes": CONTEXT_BYTES}, kv_bytes_per_token(shape)
     page = planner.kv_bytes(shape) // int(shape["num_pages"])
     room = card.memory_bytes - sum(fixed.values())
     return {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 
 _REPLACEMENT = "\ufffd"
 _MAX_HELD = 3  # a UTF-8 character has at most three bytes before its last
+_MAX_PENDING = 64  # tokens without a clean end, which no text has: from there on bytes are shown as they decode
 
 
 class Detokenizer:
@@ -29,7 +30,7 @@ class Detokenizer:
         self._pending.append(token_id)
         text = self._text()
         whole = text.rstrip(_REPLACEMENT)
-        held = min(len(text) - len(whole), _MAX_HELD)
+        held = min(len(text) - len(whole), _MAX_HELD) if len(self._pending) < _MAX_PENDING else 0
         ready = text[self._sent : len(text) - held]
         if held == 0 and text:
             self._context, self._pending, self._sent = self._pending, [], 0

@@ -8,8 +8,10 @@ import numpy as np
 
 from imex_persist import abi, planner
 from imex_persist.config import DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_ROWS, EngineConfig
+from imex_persist.model import packing
 
-KV_DEFAULT_BYTES = {"cuda": 16 << 30, "sim": 2 << 30}  # per rank, where kv_cache_memory_bytes is not given
+SIM_KV_BYTES = 2 << 30  # of a simulated rank's KV cache, where kv_cache_memory_bytes is not given
+RESERVE_BYTES = 1 << 30  # of a GPU's free memory, left for the kernel's module and for pieces of weights while they are loaded
 
 
 def shared_machine(machines: list[planner.Machine], ranks_each: int) -> planner.Machine:
@@ -18,8 +20,12 @@ def shared_machine(machines: list[planner.Machine], ranks_each: int) -> planner.
     return replace(least, num_blocks=least.num_blocks // ranks_each)
 
 
-def choose_shape(config: EngineConfig, model, machine: planner.Machine, kind: str) -> np.void:
-    """The Shape for `model` (a ModelConfig) on `machine`. Raises ValueError for settings that do not fit, saying what would."""
+def choose_shape(config: EngineConfig, model, machine: planner.Machine, kind: str, free_bytes: int | None = None) -> np.void:
+    """The Shape for `model` (a ModelConfig) on `machine`, of whose memory a rank may take `free_bytes` (None: nobody has looked).
+
+    The KV cache is what all sequences can use at their longest, at most what `kv_cache_memory_bytes` or the memory allows; it holds at
+    least one sequence of max_model_len. Raises ValueError for settings that do not fit, saying what would.
+    """
     max_model_len = choose_max_model_len(config, model, kind)
     num_slots = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS
     options = {
@@ -33,19 +39,45 @@ def choose_shape(config: EngineConfig, model, machine: planner.Machine, kind: st
     }
     shape = _fit_rows(config, model, options)
     page_total = planner.kv_bytes(shape) // int(shape["num_pages"])  # one page of every layer and KV head
-    budget = config.kv_cache_memory_bytes or KV_DEFAULT_BYTES[kind]
-    pages = min(int(shape["num_pages"]), budget // page_total)
+    budget = config.kv_cache_memory_bytes or (SIM_KV_BYTES if kind == "sim" else None)
     need = int(shape["pages_per_slot"])
-    if pages < need and config.kv_cache_memory_bytes is None and config.max_model_len is not None:
-        pages = need  # asked for, so it is worth more than the default budget
+    if kind == "sim" and config.kv_cache_memory_bytes is None and config.max_model_len is not None:
+        budget = max(budget, need * page_total)  # asked for, so it is worth more than the default budget
+    advice = "raise kv_cache_memory_bytes"
+    if free_bytes is not None:
+        room = free_bytes - RESERVE_BYTES - sum(fixed_bytes(model, shape).values())
+        if room < (config.kv_cache_memory_bytes or page_total):
+            raise ValueError(_too_large(config, model, shape, free_bytes))
+        if budget is None:
+            budget, advice = room, "use more ranks"
+    pages = int(shape["num_pages"]) if budget is None else min(int(shape["num_pages"]), budget // page_total)
     if pages < need:
         fits = pages * int(shape["page_size"])
         raise ValueError(
             f"a sequence of max_model_len {max_model_len} needs {need * page_total} bytes of KV cache a rank but only {budget} are "
-            f"allowed: set max_model_len to at most {fits}, or raise kv_cache_memory_bytes"
+            f"{'free' if advice == 'use more ranks' else 'allowed'}: set max_model_len to at most {fits}, or {advice}"
         )
     shape["num_pages"] = pages
     return shape
+
+
+def fixed_bytes(model, shape: np.void) -> dict[str, int]:
+    """What a rank allocates (runtime/rank.py) beside KV pages."""
+    return {
+        "weight_bytes": sum(packing.rank_bytes(model, shape).values()),
+        "symmetric_bytes": int(shape["symmetric_words"]) * 8,
+        "table_bytes": 4 * planner.num_claims(shape),
+    }
+
+
+def _too_large(config: EngineConfig, model, shape: np.void, free_bytes: int) -> str:
+    fixed, kv = sum(fixed_bytes(model, shape).values()), config.kv_cache_memory_bytes
+    more = f" and {kv / 2**30:.1f} GiB for KV pages" if kv else ""
+    return (
+        f"a rank of {int(shape['world_size'])} needs {fixed / 2**30:.1f} GiB for weights and words{more}, with {RESERVE_BYTES / 2**30:g} "
+        f"to spare, but may have {free_bytes / 2**30:.1f} GiB of its GPU: use more ranks"
+        + (", or lower kv_cache_memory_bytes" if kv else "")
+    )
 
 
 def choose_max_model_len(config: EngineConfig, model, kind: str) -> int:

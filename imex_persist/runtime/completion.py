@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from imex_persist.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamOutput
 from imex_persist.runtime.request import Request, TokenEvent
@@ -20,13 +21,17 @@ class Completion:
         params: SamplingParams,
         detokenizer: Detokenizer | None,
         cancel: Callable[[Request], None],
+        request_id: str | None = None,
     ):
         self.request = request
+        self.request_id = request_id or str(request.id)
         self.prompt = prompt
         self.output = CompletionOutput(0, "", [])
         self.metrics = RequestMetrics(request.arrival)
-        self._params = params
+        self.params = params
         self._cancel = cancel
+        self._prompt_token_ids = list(request.submission.prompt_token_ids)
+        self._taken = 0, 0  # tokens and characters that `take` has given
         self._text = detokenizer and TextStream(detokenizer, stop=params.stop, include_stop=params.include_stop_str_in_output)
 
     @property
@@ -61,22 +66,34 @@ class Completion:
             self._cancel(self.request)
 
     def result(self) -> RequestOutput:
+        """Everything so far; it grows with what is fed."""
+        return self._output(self.output)
+
+    def take(self, *, delta: bool) -> RequestOutput:
+        """A RequestOutput that stays as it is: everything so far, or with `delta` what came since the last one taken."""
+        out, (tokens, characters) = self.output, self._taken if delta else (0, 0)
+        self._taken = len(out.token_ids), len(out.text)
+        logprobs = None if out.logprobs is None else out.logprobs[tokens:]
+        return self._output(replace(out, text=out.text[characters:], token_ids=out.token_ids[tokens:], logprobs=logprobs))
+
+    @property
+    def news(self) -> bool:
+        """Whether a token has come since the last `take`."""
+        return len(self.output.token_ids) > self._taken[0]
+
+    def _output(self, completion: CompletionOutput) -> RequestOutput:
         return RequestOutput(
-            str(self.request.id),
-            self.prompt,
-            list(self.request.submission.prompt_token_ids),
-            [self.output],
-            self.finished,
-            self.metrics,
-        )
+            self.request_id, self.prompt, self._prompt_token_ids, [completion], self.finished, self.metrics,
+            self.request.num_cached_tokens,
+        )  # fmt: skip
 
     def _show(self, event: TokenEvent) -> str:
         stopped = event.finish_reason == "stop"  # by this token: its text is not part of the answer
-        if stopped and event.token in self._params.stop_token_ids:
+        if stopped and event.token in self.params.stop_token_ids:
             self.output.stop_reason = event.token
-        if self._text is None or (stopped and not self._params.include_stop_str_in_output):
+        if self._text is None or (stopped and not self.params.include_stop_str_in_output):
             return ""
-        return self._text.push(event.token, look_for_stop=len(self.output.token_ids) > self._params.min_tokens)
+        return self._text.push(event.token, look_for_stop=len(self.output.token_ids) > self.params.min_tokens)
 
     def _time(self, event: TokenEvent) -> None:
         m = self.metrics

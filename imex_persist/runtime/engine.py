@@ -3,6 +3,10 @@
 A request's life: `submit` puts it in the inbox; the engine's thread appends it to the queue; when a slot and all its pages are free, in
 order of arrival, its descriptor is posted; TOKEN records become events; RELEASE gives slot, pages and arena back. Other threads only
 append to the inbox, so an interrupt in the middle of a user's call leaves the rings whole.
+
+What a page may be kept for (pages.py) the token records say: a token was sampled after its row and all rows before it were computed. So
+with n prompt tokens and k records the first n + k - 1 positions are in the pages. What lies beyond, a ghost's position or those of a
+prompt that was cancelled before its first token, is never reused.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ from collections import deque
 from collections.abc import Callable
 
 from imex_persist import abi
-from imex_persist.errors import ImexError
+from imex_persist.errors import ImexError, RingFullError
 from imex_persist.runtime.allocator import FreeList, pages_needed
 from imex_persist.runtime.mailbox import Mailbox, RecordEntry
+from imex_persist.runtime.pages import PagePool
 from imex_persist.runtime.request import FINISH_REASONS, Request, Sink, Submission, TokenEvent
 
 SPIN_S = 50e-6  # first pause between two looks at an empty record ring
@@ -26,7 +31,9 @@ SILENCE_S = 1.0  # without a record or a step: time to ask the workers whether t
 
 
 class Engine:
-    """`num_slots`, `num_pages` and `page_size` are the Shape's; `on_silence` is called when the kernel has been quiet for long."""
+    """`num_slots`, `num_pages` and `page_size` are the Shape's; `on_silence` is called when the kernel has been quiet for long;
+    `share_pages` lets a request begin with pages that earlier ones have filled with the same tokens.
+    """
 
     def __init__(
         self,
@@ -37,17 +44,21 @@ class Engine:
         page_size: int,
         max_model_len: int,
         on_silence: Callable[[], None] | None = None,
+        share_pages: bool = True,
     ):
         self.page_size, self.max_model_len, self.num_pages = page_size, max_model_len, num_pages
         self._mailbox = mailbox
         self._on_silence = on_silence
+        self._share_pages = share_pages
+        self.num_prompt_tokens = self.num_cached_tokens = 0  # of all admitted requests
         self._slots = FreeList(num_slots, "slot")
-        self._pages = FreeList(num_pages, "page")
+        self._pages = PagePool(num_pages, page_size)
         self._ids = itertools.count(1)
         self._inbox: deque[tuple[str, Request]] = deque()
         self._queue: deque[Request] = deque()  # not admitted yet
         self._resident: dict[int, Request] = {}  # descriptor posted, not released
         self._cancels: deque[Request] = deque()  # CANCEL not posted yet
+        self._changed = False  # something has come or gone since `_pump` last looked
         self._error: Exception | None = None
         self._closing = False
         self._leave_by: float | None = None  # when closing stops waiting for the kernel
@@ -81,12 +92,17 @@ class Engine:
                 f"the request needs {need} KV pages but there are {self.num_pages}: lower max_tokens or raise the KV cache"
             )
 
-    def submit(self, submission: Submission, sink: Sink | None = None) -> Request:
+    def submit(self, submission: Submission, sink: Sink | None = None, *, wait: bool = True) -> Request:
         """Queues a request. Its events go to `sink` (called in the engine's thread; it must not block), else to `Request.events`.
 
-        Raises ValueError for a request that could never run and the group's error once it has ended.
+        Where the descriptor ring is full, since the kernel takes none just now, it waits in the queue; with `wait=False` that raises
+        RingFullError instead. Raises ValueError for a request that could never run and the group's error once it has ended.
         """
         self.check(submission)
+        if not wait and self._mailbox.unacknowledged >= abi.DESCRIPTOR_SLOTS:
+            raise RingFullError(
+                f"the kernel has not taken the last {abi.DESCRIPTOR_SLOTS} descriptors yet: try again later, or submit with wait=True"
+            )
         request = Request(next(self._ids) & 0xFFFFFFFF, submission, sink)
         self._send("submit", request)
         return request
@@ -127,7 +143,12 @@ class Engine:
 
     @property
     def free_pages(self) -> int:
+        """Pages that no resident request holds, those kept for their contents included."""
         return len(self._pages)
+
+    @property
+    def kept_pages(self) -> int:
+        return self._pages.num_kept
 
     @property
     def free_slots(self) -> int:
@@ -158,12 +179,13 @@ class Engine:
     def _loop(self) -> None:
         pause, heard, steps = SPIN_S, time.monotonic(), -1
         while True:
+            self._wake.clear()  # before the inbox is looked at: what comes later sets it again
             if self._inbox:
                 self._take_inbox()
             records = self._mailbox.poll()
             for record in records:
                 self._record(record)
-            if records or self._queue or self._cancels:
+            if self._changed:
                 self._pump()
             if self._error is not None and not records:
                 return self._end_all(self._error)
@@ -177,7 +199,7 @@ class Engine:
                     if self._mailbox.steps == steps and self._on_silence is not None:
                         self._on_silence()
                     steps = self._mailbox.steps
-                time.sleep(pause)
+                self._wake.wait(pause)  # so that a cancel leaves at once
                 pause = min(PAUSE_S, pause * 1.5)
             else:
                 self._rest()
@@ -191,14 +213,13 @@ class Engine:
                 self._end(request, "abort")
             self._queue.clear()
             self._cancels.extend(r for r in self._resident.values() if not r.cancelled)
-            self._pump()
+            self._changed = True
         return not self._resident or time.monotonic() > self._leave_by
 
     def _rest(self) -> None:
         """Nothing to do: sleeps until another thread has something."""
         with self._lock:
             if not self._inbox and self._error is None and not self._closing:
-                self._wake.clear()
                 self._idle.set()
         self._wake.wait()
 
@@ -215,10 +236,11 @@ class Engine:
             else:
                 request.cancelled = True
                 self._cancels.append(request)
-        self._pump()
+            self._changed = True
 
     def _pump(self) -> None:
         """Posts what can be posted: cancels first, then requests in order of arrival as long as the first of them fits."""
+        self._changed = False
         while self._cancels:
             request = self._cancels[0]
             if request.id in self._resident and self._mailbox.cancel(request.id, request.slot) is None:
@@ -229,24 +251,31 @@ class Engine:
 
     def _admit(self, request: Request) -> bool:
         s = request.submission
-        need = pages_needed(len(s.prompt_token_ids), s.max_tokens, self.page_size)
-        if not len(self._slots) or need > len(self._pages) or self._mailbox.unacknowledged >= abi.DESCRIPTOR_SLOTS:
+        if not len(self._slots) or self._mailbox.unacknowledged >= abi.DESCRIPTOR_SLOTS:
+            return False
+        share = self._share_pages and not s.needs_whole_prompt
+        request.reservation = self._pages.reserve(s.prompt_token_ids, s.max_tokens, share=share)
+        if request.reservation is None:
             return False
         (request.slot,) = self._slots.take(1)
-        request.pages = self._pages.take(need)
+        request.num_cached_tokens = request.reservation.cached_len
+        self.num_prompt_tokens += len(s.prompt_token_ids)
+        self.num_cached_tokens += request.num_cached_tokens
         self._resident[request.id] = request
         self._mailbox.submit(
             request=request.id,
             slot=request.slot,
             prompt=s.prompt_token_ids,
-            pages=request.pages,
+            pages=request.reservation.pages,
             stop=s.stop_token_ids,
             max_tokens=s.max_tokens,
             min_tokens=s.min_tokens,
+            cached_len=request.num_cached_tokens,
         )
         return True
 
     def _record(self, record: RecordEntry) -> None:
+        self._changed |= record.kind != abi.Record.TOKEN  # room in the ring, or free resources
         request = self._resident.get(record.request)
         if request is None:
             return
@@ -256,13 +285,15 @@ class Engine:
             reason = FINISH_REASONS.get(record.finish)
             cancelled = record.finish == abi.Finish.CANCELLED  # carries no token of its own
             if not cancelled:
-                request.num_tokens += 1
+                request.generated.append(record.token)
+                if len(request.generated) == 1 and self._share_pages:  # all of the prompt is in the pages
+                    self._pages.keep(request.reservation, request.submission.prompt_token_ids)
             request.tell(TokenEvent(None if cancelled else record.token, reason, record.time_ns, time.perf_counter()))
         elif record.kind == abi.Record.RELEASE:
             self._end(request, "abort")  # says nothing if the request has its reason already
             del self._resident[request.id]
             self._slots.give([request.slot])
-            self._pages.give(request.pages)
+            self._pages.release(request.reservation, request.confirmed if self._share_pages else ())
 
     def _end(self, request: Request, reason: str) -> None:
         request.tell(TokenEvent(None, reason, 0, time.perf_counter()))

@@ -44,6 +44,7 @@ class Group:
         self.deadline_s = deadline_s
         self.machines: list[Machine] = []
         self.identities: list[dict] = []
+        self.free_bytes = 0  # of memory that every rank may have
         self.shape: np.void | None = None
         self.mailbox: Mailbox | None = None
         self.workers: list[WorkerProcess] = []
@@ -66,6 +67,7 @@ class Group:
             replies = self._step("open", lambda w: {**common, **_place_fields(w)})
             self.machines = [Machine(**reply["machine"]) for reply in replies]
             self.identities = [reply["identity"] for reply in replies]
+            self.free_bytes = min(reply["free_bytes"] for reply in replies)
             return self.machines
         except BaseException:
             self.close()

@@ -94,8 +94,9 @@ class Mailbox:
         stop: Sequence[int] = (),
         max_tokens: int,
         min_tokens: int = 0,
+        cached_len: int = 0,
     ) -> int | None:
-        """Starts a request. Returns the descriptor's sequence number, or None when the ring is full."""
+        """Starts a request, at position `cached_len`. Returns the descriptor's sequence number, or None when the ring is full."""
         words = [*prompt, *pages, *stop]
         if slot >= self.layout.num_slots or len(words) > self.layout.region:
             raise ValueError(f"slot {slot} with {len(words)} words does not fit the arena of {self.layout}")
@@ -116,6 +117,7 @@ class Mailbox:
                 len(stop),
                 max_tokens,
                 min_tokens,
+                cached_len,
             )
 
     def cancel(self, request: int, slot: int) -> int | None:

@@ -25,7 +25,6 @@ class RankMemory:
         self.weights: dict[str, Buffer] = {}
         self.symmetric = device.symmetric(int(shape["symmetric_words"]) * 8)
         self.kv = device.zeros(planner.kv_bytes(shape))
-        self.page_table = device.zeros(int(shape["num_slots"]) * int(shape["pages_per_slot"]) * 4)
         self.claims = device.zeros(planner.num_claims(shape) * 4)
         self.peers: dict[int, Buffer] = {rank: self.symmetric}
 
@@ -63,7 +62,7 @@ class RankMemory:
         out = np.zeros((), abi.RankParams)
         for name in WEIGHTS:
             out[name] = self.weights[name].address
-        out["kv"], out["page_table"], out["claims"] = self.kv.address, self.page_table.address, self.claims.address
+        out["kv"], out["claims"] = self.kv.address, self.claims.address
         for rank, peer in self.peers.items():
             out["peers"][rank] = peer.address
         out["mailbox"], out["fault"], out["trace"] = mailbox, fault, trace

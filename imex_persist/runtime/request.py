@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from imex_persist import abi
+from imex_persist.runtime.pages import Reservation
 
 FINISH_REASONS = {abi.Finish.STOP: "stop", abi.Finish.LENGTH: "length", abi.Finish.CANCELLED: "abort"}
 
@@ -35,6 +36,11 @@ class Submission:
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
 
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether the kernel must see every prompt token, so that no kept page can stand for some of them."""
+        return False
+
 
 @dataclass(eq=False)
 class Request:
@@ -47,14 +53,20 @@ class Request:
     seen_device_ns: int | None = None  # device clock when the kernel took the descriptor
     arrival: float = field(default_factory=time.perf_counter)
     slot: int = -1  # -1 while it waits
-    pages: list[int] = field(default_factory=list, repr=False)
-    num_tokens: int = 0
+    reservation: Reservation | None = field(default=None, repr=False)  # while it is resident
+    num_cached_tokens: int = 0  # of the prompt: not computed, their keys and values were there
+    generated: list[int] = field(default_factory=list, repr=False)
     finished: bool = False
     cancelled: bool = False
 
     def __post_init__(self) -> None:
         if self.sink is None:
             self.sink = self.events.put
+
+    @property
+    def confirmed(self) -> list[int]:
+        """The tokens of the positions whose keys and values are certainly in the pages."""
+        return [*self.submission.prompt_token_ids, *self.generated][:-1] if self.generated else []
 
     def tell(self, event: Event) -> None:
         """Hands an event to the owner; nothing after the last."""

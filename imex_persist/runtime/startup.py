@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from imex_persist import abi
+from imex_persist import abi, planner
 from imex_persist.runtime.group import Group
 from imex_persist.runtime.peers import describe_peers
 from imex_persist.runtime.placement import Placement
@@ -22,8 +22,8 @@ def check_environment(placement: Placement) -> None:
         raise ValueError("CUDA_LAUNCH_BLOCKING is set: every launch would wait for a kernel that never returns, so unset it")
 
 
-def lines(shape: np.void, group: Group) -> list[str]:
-    """The log lines of a resident group."""
+def lines(shape: np.void, group: Group, fixed: dict[str, int] | None = None) -> list[str]:
+    """The log lines of a resident group; with `fixed`, which is capacity.fixed_bytes, also what each rank has allocated."""
     world = int(shape["world_size"])
     out = [f"world size: {world}, rank: {rank}" for rank in range(world)]
     out.append(f"topology: {describe_peers(group.placement.places)}")
@@ -32,6 +32,12 @@ def lines(shape: np.void, group: Group) -> list[str]:
     else:
         out.append("exchange: ENABLED (in-kernel, tagged words)")
         out.append(f"all-reduce strategy: {describe_strategy(shape)}")
+    if fixed is not None:
+        positions, other = int(shape["num_pages"]) * int(shape["page_size"]), fixed["symmetric_bytes"] + fixed["table_bytes"]
+        out.append(
+            f"memory of a rank: weights {fixed['weight_bytes'] / 1e9:.2f} GB, KV pages {planner.kv_bytes(shape) / 1e9:.2f} GB "
+            f"({positions} positions), words {other / 1e6:.1f} MB"
+        )
     out.append(f"kernel: resident, {int(shape['num_blocks'])} blocks, {group.identities[0].get('arch', 'unknown')}")
     return out
 

@@ -15,7 +15,11 @@ class Detokenizer(Protocol):
 
 
 class TextStream:
-    """The text of one completion. `push` returns what may be shown now; `stop_string` is set once one was found."""
+    """The text of one completion. `push` returns what may be shown now; `stop_string` is set once one was found.
+
+    Of several stop strings the one that is complete first counts, as if characters came one by one: how the text is cut into tokens
+    changes nothing. One that ends in text for which nobody looks (min_tokens) does not count, one that only begins there does.
+    """
 
     def __init__(self, detokenizer: Detokenizer, *, stop: Sequence[str] = (), include_stop: bool = False):
         self.text = ""  # shown so far
@@ -24,34 +28,40 @@ class TextStream:
         self._stop = tuple(stop)
         self._include = include_stop
         self._held = ""  # decoded, but perhaps the start of a stop string
+        self._look = True
 
     def push(self, token: int, *, look_for_stop: bool = True) -> str:
         """The new text after one more token."""
-        return self._show(self._detokenizer.push(token), look_for_stop)
+        self._look = look_for_stop
+        return self._show(self._detokenizer.push(token))
 
     def finish(self) -> str:
         """What was held back, at the end: also bytes that never became a character."""
-        shown = self._show(self._detokenizer.flush(), look_for_stop=True)
+        shown = self._show(self._detokenizer.flush())
         if self.stop_string is None:
             shown += self._held
             self.text += self._held
             self._held = ""
         return shown
 
-    def _show(self, new: str, look_for_stop: bool) -> str:
+    def _show(self, new: str) -> str:
         if self.stop_string is not None:
             return ""
-        text = self._held + new
+        text, old = self._held + new, len(self._held)
         self._held = ""
-        if self._stop and look_for_stop:
-            found = min(((at, s) for s in self._stop if (at := text.find(s)) >= 0), default=None)
-            if found is not None:
-                at, self.stop_string = found
-                text = text[: at + len(self.stop_string)] if self._include else text[:at]
-            elif keep := max(_overlap(text, s) for s in self._stop):
-                text, self._held = text[:-keep], text[-keep:]
+        found = self._first_stop(text, old) if self._look else None
+        if found is not None:
+            at, self.stop_string = found
+            text = text[: at + len(self.stop_string)] if self._include else text[:at]
+        elif keep := max((_overlap(text, s) for s in self._stop), default=0):
+            text, self._held = text[:-keep], text[-keep:]
         self.text += text
         return text
+
+    def _first_stop(self, text: str, old: int) -> tuple[int, str] | None:
+        """(place, stop string) of the one that ends first, behind the `old` characters that were there before."""
+        places = ((text.find(s, max(0, old - len(s) + 1)), s) for s in self._stop)
+        return min(((at, s) for at, s in places if at >= 0), key=lambda each: (each[0] + len(each[1]), each[0]), default=None)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -53,7 +53,8 @@ class Worker:
         self.device = open_device(m["kind"], m["ordinal"], m["uuid"], self.ranks, self.world_size)
         machine = self.device.machine
         fields = {name: getattr(machine, name) for name in Machine.__dataclass_fields__}
-        return {"machine": fields, "identity": self.device.identity()}
+        free = self.device.memory()[0] // len(self.ranks)
+        return {"machine": fields, "identity": self.device.identity(), "free_bytes": free}
 
     def build(self, m: dict) -> dict:
         self.shape = capacity.from_fields(m["shape"])

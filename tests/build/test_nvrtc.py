@@ -20,7 +20,7 @@ from .shapes import CASES, MACHINES
 THREADS = abi.NUM_WARPS * 32
 REGISTER_FILE = 65536
 # Bytes a thread may store to local memory. The compiler moves more out of the loops than registers hold, and stores what lives across
-# attention around it: with heads of 128 once a layer. On Hopper next to none of it may stand among the matrix instructions (check_sass); later
+# attention around it: with heads of 128 once a layer. On Hopper next to none of it may stand among the matrix instructions; later
 # targets are compiled, not tuned, as nobody has run them yet.
 SPILL_BYTES = {"sm_90a": 128}
 SPILL_BYTES_LATER = 768

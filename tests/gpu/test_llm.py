@@ -170,6 +170,19 @@ def test_company_does_not_change_the_tokens(llm):
     assert [ids(output) for output in llm.generate(prompts, greedy())] == alone
 
 
+def test_the_next_turn_computes_what_is_new_and_says_the_same(llm, folder):
+    prompt = [(7 * i) % 1003 for i in range(200)]
+    turn = [*prompt, *ids(llm.generate(prompt, greedy())[0]), 17, 4]
+    (shared,) = llm.generate(turn, greedy())
+    assert shared.num_cached_tokens == 239 // int(llm.shape["page_size"]) * int(llm.shape["page_size"])
+    with LLM(folder, device=DEVICE, enable_prefix_caching=False, **SETTINGS) as other:
+        (alone,) = other.generate(turn, greedy())
+        (again,) = other.generate(turn, greedy())
+    assert alone.num_cached_tokens == again.num_cached_tokens == 0
+    assert ids(shared) == ids(alone) == ids(again)
+    check_greedy(folder, turn, ids(shared))
+
+
 def test_a_stop_token_ends(llm):
     tokens = ids(llm.generate(PROMPT, greedy())[0])
     (output,) = llm.generate(PROMPT, greedy(stop_token_ids=[tokens[9]]))

@@ -81,8 +81,10 @@ class KernelRun:
             assert not fault["valid"], fault
 
     # ------------------------------------------------------------------ the whole model, by descriptors written beforehand
-    def decode(self, requests: list[dict]) -> list[list[int]]:
-        """Tokens of each request {prompt, max_tokens, min_tokens=0, stop=()}: all descriptors are written, then the kernel runs."""
+    def decode(self, requests: list[dict], commands: list[tuple[abi.Command, dict]] = ()) -> list[list[int]]:
+        """Tokens of each request {prompt, max_tokens, min_tokens=0, stop=()}: all descriptors are written, those of `commands` after the
+        requests', then the kernel runs.
+        """
         mailbox = self.host[: abi.Mailbox.itemsize].view(abi.Mailbox)[0]
         arena = self.host[abi.Mailbox.itemsize :].view(np.uint32)
         page, at, next_page = int(self.shape["page_size"]), 0, 0
@@ -98,7 +100,8 @@ class KernelRun:
                 num_stop=len(stop), max_tokens=request["max_tokens"], min_tokens=request.get("min_tokens", 0),
             )  # fmt: skip
             at += len(body)
-        self._descriptor(mailbox, len(requests) + 1, abi.Command.SHUTDOWN)
+        for i, (command, fields) in enumerate([*commands, (abi.Command.SHUTDOWN, {})], len(requests) + 1):
+            self._descriptor(mailbox, i, command, **fields)
         self.launch()
         self.records = [r for r in mailbox["records"] if r["sequence"]]
         tokens: list[list[int]] = [[] for _ in requests]

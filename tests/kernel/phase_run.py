@@ -75,7 +75,7 @@ class PhaseRun:
             number = -(-chunk.start // page)
             known[chunk.slot, :number] = self.table[chunk.slot, :number]
         for rank in self.run.ranks:
-            self.device.upload(rank.page_table, 0, known)
+            self.device.upload(rank.symmetric, self.size("off_page_table") * 8, known)
         self.rope = rope_table(self.config, int(self.positions.max()) + 1)[self.positions]
 
     def launch(self) -> None:

@@ -20,6 +20,7 @@ from .cases import Case, uses
 from .whole import (
     MODELS,
     NUM_MODELS,
+    WEAK,
     check_greedy,
     logit_limit,
     prompt_of,
@@ -33,7 +34,6 @@ EVERY_MODEL = pytest.mark.parametrize("index", range(NUM_MODELS))
 SOME_MODELS = pytest.mark.parametrize("index", range(0, NUM_MODELS, 2))
 PLAIN = uses(lambda index: [(MODELS[index], {})])
 TAPPED = uses(lambda index: [(MODELS[index], {"tap": True})])
-WEAK = {"mode": "random", "delay": True, "stalls": True}  # a memory model and a schedule as hostile as a GPU's, or more
 
 
 def requests_of(case) -> list[dict]:

@@ -19,6 +19,7 @@ from .pages import garbage
 
 SEED = 2
 NUM_MODELS = 12
+WEAK = {"mode": "random", "delay": True, "stalls": True}  # a memory model and a schedule as hostile as a GPU's, or more
 EXCHANGES = ((Strategy.ONE_SHOT_LOCAL, 0), (Strategy.TWO_SHOT, 1), (Strategy.ONE_SHOT_LOCAL, 16), (Strategy.TWO_SHOT, 0))
 
 

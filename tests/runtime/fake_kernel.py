@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,6 +29,8 @@ class Running:
     max_tokens: int
     min_tokens: int
     region: range
+    cached_len: int
+    generated: list[int] = field(default_factory=list)
     emitted: int = 0
     finish: int = 0
 
@@ -40,6 +42,7 @@ class FakeKernel:
         self.arena = np.frombuffer(view, np.uint32, offset=abi.Mailbox.itemsize)
         self.num_slots, self.num_pages, self.page_size, self.step_s = num_slots, num_pages, page_size, step_s
         self.running: dict[int, Running] = {}
+        self.contents: dict[int, tuple[int, ...]] = {}  # of each page that was filled: the tokens up to its end
         self.expected, self.next_record = 1, 1
         self.commands: list[int] = []
         self.max_running = 0
@@ -90,12 +93,19 @@ class FakeKernel:
             max_tokens=int(d["max_tokens"]),
             min_tokens=int(d["min_tokens"]),
             region=range(at, at + n + p + s),
+            cached_len=int(d["cached_len"]),
         )
         assert r.slot < self.num_slots and r.slot not in self.running, f"slot {r.slot} is taken"
         assert len(r.pages) * self.page_size >= n + r.max_tokens, "too few pages"
         assert len(set(r.pages)) == p and all(page < self.num_pages for page in r.pages)
+        shared, own = r.pages[: r.cached_len // self.page_size], r.pages[r.cached_len // self.page_size :]
+        assert r.cached_len % self.page_size == 0 and r.cached_len < n, "a prompt's last position is always computed"
+        for i, page in enumerate(shared):
+            assert self.contents[page] == tuple(r.prompt[: (i + 1) * self.page_size]), "a shared page has other tokens"
+        for page in own:
+            self.contents.pop(page, None)
         for other in self.running.values():
-            assert not set(other.pages) & set(r.pages), "a page of a living request was handed out"
+            assert not set(other.pages) & set(own), "a page of a living request was handed out to be written"
             assert other.region.stop <= at or r.region.stop <= other.region.start, "arena regions overlap"
         self.running[r.slot] = r
         self.max_running = max(self.max_running, len(self.running))
@@ -115,10 +125,18 @@ class FakeKernel:
                 r.finish = int(abi.Finish.STOP)
             elif r.emitted + 1 == r.max_tokens:
                 r.finish = int(abi.Finish.LENGTH)
+            self.fill(r)
             self.write(abi.Record.TOKEN, r.request, token, r.emitted, r.finish)
+            r.generated.append(token)
             r.emitted += 1
         self.header["steps"] += 1
         return True
+
+    def fill(self, r: Running) -> None:
+        """All positions before the token to come are in the pages."""
+        sequence = (*r.prompt, *r.generated)
+        for i in range(r.cached_len // self.page_size, len(sequence) // self.page_size):
+            self.contents[r.pages[i]] = sequence[: (i + 1) * self.page_size]
 
     def run(self) -> None:
         """Until SHUTDOWN or the stop word."""

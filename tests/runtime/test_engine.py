@@ -9,6 +9,7 @@ import time
 import pytest
 
 from imex_persist import FaultError, ImexError, abi
+from imex_persist.errors import RingFullError
 from imex_persist.runtime.request import Submission
 from tests.runtime.fake_kernel import token_of
 
@@ -101,6 +102,8 @@ def test_random_load_gives_everything_back(make_engine):
     requests = []
     for _ in range(300):
         prompt = tuple(rng.randrange(1, 500) for _ in range(rng.randrange(1, 40)))
+        if rng.random() < 0.5:
+            prompt = (*range(1, 80), *prompt)[: rng.randrange(60, 120)]
         request = engine.submit(Submission(prompt, max_tokens=rng.randrange(1, 60)))
         requests.append((request, rng.random() < 0.3))
         if requests[-1][1]:
@@ -119,6 +122,83 @@ def test_more_requests_than_the_record_ring(make_engine):
     requests = [engine.submit(Submission((i + 1,), max_tokens=200)) for i in range(40)]
     for i, request in enumerate(requests):
         assert finished(request) == (expected((i + 1,), 200), "length")
+
+
+def test_a_full_descriptor_ring_raises_where_nobody_wants_to_wait(make_engine):
+    engine, kernel = make_engine(num_slots=32, num_pages=400, max_model_len=64)
+    kernel.paused.set()
+    requests = [engine.submit(Submission((i + 1,), max_tokens=40)) for i in range(32)]
+    until(lambda: engine.num_running == 32)
+    for request in requests:
+        engine.cancel(request)
+    until(lambda: engine._mailbox.unacknowledged == abi.DESCRIPTOR_SLOTS)
+    with pytest.raises(RingFullError, match="64 descriptors"):
+        engine.submit(Submission((1,), max_tokens=3), wait=False)
+    waiting = engine.submit(Submission((1,), max_tokens=3))
+    kernel.paused.clear()
+    assert finished(waiting) == (expected((1,), 3), "length")
+    assert finished(engine.submit(Submission((1,), max_tokens=3), wait=False))[1] == "length"
+
+
+def test_the_next_turn_shares_the_pages_of_the_last(make_engine):
+    engine, kernel = make_engine(num_slots=2, num_pages=16)
+    prompt = tuple(range(1, 71))  # pages of 32
+    tokens, _ = finished(engine.submit(Submission(prompt, max_tokens=60)))
+    assert engine.drain(5) and (engine.free_pages, engine.kept_pages) == (16, 4)  # 129 positions are certain
+    turn = engine.submit(Submission((*prompt, *tokens, 500, 501), max_tokens=8))
+    assert finished(turn)[0] == expected((*prompt, *tokens, 500, 501), 8)
+    assert turn.num_cached_tokens == 128
+    assert (engine.num_prompt_tokens, engine.num_cached_tokens) == (70 + 132, 128)
+    other = engine.submit(Submission((*prompt[:40], 9, *prompt[41:]), max_tokens=8))
+    finished(other)
+    assert other.num_cached_tokens == 32
+    assert engine.drain(5) and engine.free_pages == 16
+    assert kernel.problem is None
+
+
+def test_a_running_prompt_is_shared_once_its_first_token_is_there(make_engine):
+    engine, _ = make_engine(num_slots=2, num_pages=16, step_s=0.005)
+    prompt = tuple(range(1, 71))
+    first = engine.submit(Submission(prompt, max_tokens=100))
+    first.events.get(timeout=5)
+    second = engine.submit(Submission(prompt, max_tokens=3))
+    finished(second)
+    assert second.num_cached_tokens == 64 and not first.finished
+    engine.cancel(first)
+    assert engine.drain(5) and engine.free_pages == 16
+
+
+def test_a_prompt_cancelled_before_its_first_token_leaves_nothing(make_engine):
+    engine, kernel = make_engine(num_slots=1)
+    kernel.paused.set()
+    request = engine.submit(Submission(tuple(range(1, 71)), max_tokens=9))
+    until(lambda: engine.num_running == 1)
+    engine.cancel(request)
+    until(lambda: engine._mailbox.unacknowledged == 2)
+    kernel.take(), kernel.take()
+    kernel.paused.clear()
+    assert finished(request) == ([], "abort")
+    assert engine.drain(5) and (engine.kept_pages, engine.free_pages) == (0, 16)
+
+
+def test_what_needs_its_whole_prompt_shares_nothing(make_engine):
+    class Whole(Submission):
+        needs_whole_prompt = True
+
+    engine, _ = make_engine()
+    prompt = tuple(range(1, 71))
+    finished(engine.submit(Submission(prompt, max_tokens=2)))
+    whole = engine.submit(Whole(prompt, max_tokens=2))
+    finished(whole)
+    assert whole.num_cached_tokens == 0
+
+
+def test_sharing_can_be_left_out(make_engine):
+    engine, _ = make_engine(share_pages=False)
+    for _ in range(2):
+        request = engine.submit(Submission(tuple(range(1, 71)), max_tokens=2))
+        finished(request)
+        assert request.num_cached_tokens == 0
 
 
 def test_cancelling_a_waiting_request(make_engine):

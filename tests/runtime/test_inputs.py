@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from imex_persist import SamplingParams, abi
+from imex_persist import SamplingParams, abi, planner
 from imex_persist.config import EngineConfig
+from imex_persist.model import packing
+from imex_persist.model.config import ModelConfig
 from imex_persist.planner import Machine
 from imex_persist.runtime import capacity, inputs, startup
 from imex_persist.runtime.capacity import choose_shape, from_fields, shared_machine, to_fields
@@ -143,6 +145,46 @@ def test_kv_memory_bounds_the_pages():
     assert int(s["pages_per_slot"]) <= int(s["num_pages"]) < int(whole["num_pages"])
     with pytest.raises(ValueError, match="raise kv_cache_memory_bytes"):
         shape_for(max_model_len=512, kv_cache_memory_bytes=each)
+
+
+LLAMA_1B = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64}
+LLAMA_1B |= {"intermediate_size": 8192, "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": True}
+
+
+def on_a_gpu(free_gib: float, **settings):
+    config = ModelConfig.from_dict({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **LLAMA_1B})
+    return choose_shape(EngineConfig(model="x", **settings), config, Machine(), "cuda", int(free_gib * 2**30)), config
+
+
+def test_a_gpu_s_kv_cache_is_what_the_sequences_can_use_or_what_is_free():
+    page = 16 * 8 * 16384
+    shape, config = on_a_gpu(79)
+    assert planner.kv_bytes(shape) == 8 * 8192 // 64 * page  # eight sequences of 8192: 2 GiB
+    shape, _ = on_a_gpu(79, max_model_len=131072, max_num_seqs=16)
+    assert planner.kv_bytes(shape) == 16 * 131072 // 64 * page, "64 GiB: more than any fixed default"
+    shape, _ = on_a_gpu(40, max_model_len=131072, max_num_seqs=16)
+    fixed = sum(capacity.fixed_bytes(config, shape).values())
+    room = 40 * 2**30 - capacity.RESERVE_BYTES - fixed - planner.kv_bytes(shape)
+    assert 0 <= room < page, "as much as is free"
+    assert (
+        fixed - packing.rank_bytes(config, shape)["rope"] < 2.6e9
+        and capacity.fixed_bytes(config, shape)["symmetric_bytes"] < 256 << 20
+    )
+    assert planner.kv_bytes(on_a_gpu(79, kv_cache_memory_bytes=600 << 20)[0]) == 600 << 20
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "settings", "words"),
+    [
+        (3, {}, "use more ranks$"),
+        (4, {"max_model_len": 131072}, "set max_model_len to at most .*, or use more ranks"),
+        (79, {"kv_cache_memory_bytes": 90 << 30}, "or lower kv_cache_memory_bytes"),
+        (79, {"kv_cache_memory_bytes": 1 << 20}, "or raise kv_cache_memory_bytes"),
+    ],
+)
+def test_a_gpu_that_is_too_small(free_gib, settings, words):
+    with pytest.raises(ValueError, match=words):
+        on_a_gpu(free_gib, **settings)
 
 
 def test_max_model_len_is_the_models_at_most():

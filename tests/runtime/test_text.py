@@ -73,6 +73,34 @@ def test_no_stop_before_min_tokens():
     assert stream.push(2) == "" and stream.stop_string == "END"
 
 
+def test_a_stop_string_that_begins_before_min_tokens_and_ends_after_counts():
+    stream = TextStream(Letters(["x E", "N", "D END y"]), stop=["END"])
+    assert [stream.push(0, look_for_stop=False), stream.push(1, look_for_stop=False)] == ["x ", ""]
+    assert stream.push(2) == "" and (stream.text, stream.stop_string) == ("x ", "END")
+
+
+def test_a_stop_string_within_min_tokens_is_text():
+    stream = TextStream(Letters(["aEND", "b", "EN"]), stop=["END"])
+    assert stream.push(0, look_for_stop=False) == "aEND"
+    assert [stream.push(1), stream.push(2), stream.finish()] == ["b", "", "EN"]
+    assert stream.text == "aENDbEN" and stream.stop_string is None
+
+
+def test_the_end_does_not_look_where_nobody_looked():
+    stream = TextStream(Letters(["EN"], held="D"), stop=["END"])
+    stream.push(0, look_for_stop=False)
+    assert stream.finish() == "END" and stream.stop_string is None
+
+
+@given(st.text("abc", max_size=20), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.booleans(), st.data())
+def test_how_text_is_cut_into_tokens_changes_nothing(text, stop, include, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    whole, _ = run(pieces, stop=stop, include_stop=include)
+    single, _ = run(list(text), stop=stop, include_stop=include)
+    assert (whole.text, whole.stop_string) == (single.text, single.stop_string)
+
+
 @given(st.lists(st.text("abc", max_size=4), max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3))
 def test_streamed_text_is_the_whole_text_cut_at_the_first_stop(pieces, stop):
     stream, _ = run(pieces, stop=stop)

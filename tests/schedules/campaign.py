@@ -77,7 +77,8 @@ class Kernel(KernelRun):
         for rank, tap, pages in zip(self.ranks, self.taps, self.first_pages, strict=True):
             for buffer in filter(None, (rank.symmetric, rank.claims, tap)):
                 self.device.upload(buffer, 0, np.zeros(buffer.nbytes, np.uint8))
-            self.device.upload(rank.page_table, 0, np.full_like(self.table, self.table.max() + 1))  # nobody's page
+            nobody = np.full_like(self.table, self.table.max() + 1)
+            self.device.upload(rank.symmetric, int(self.shape["off_page_table"]) * 8, nobody)
             self.device.upload(rank.kv, 0, pages)
 
     def submit(self) -> int:

@@ -6,43 +6,40 @@ The host's thread is not simulated, so a drill is not replayed exactly; it is re
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from imex_persist import abi
 from imex_persist.abi import Command, Record
+from tests.kernel.cases import Case
 
 from .campaign import Kernel
-from .configuration import Request, Schedule, tiny
+from .configuration import Configuration, Request, Schedule, tiny
 from .observation import Wrong, expect
 
-PROMPTS = ((3, 1, 4), (1, 5))
-TOKENS = (8, 4)
 
+@dataclass(frozen=True)
+class Given:
+    """A request as the host gives it; the next one is submitted when it is released."""
 
-def _configuration(prompt: tuple[int, ...], max_tokens: int, stop: tuple[int, ...] = ()):
-    config = tiny(0, 1)
-    case = replace(config.case, options=config.case.options | {"max_model_len": 16})
-    return replace(config, case=case, requests=(Request(prompt, max_tokens, stop),))
-
-
-def _alone(prompt: tuple[int, ...], max_tokens: int) -> list[int]:
-    kernel = Kernel(_configuration(prompt, max_tokens), tap=False)
-    try:
-        return kernel.run(Schedule(0)).tokens[0]
-    finally:
-        kernel.close()
+    prompt: tuple[int, ...]
+    max_tokens: int
+    stop: tuple[int, ...] = ()
+    slot: int = 0
+    pages: tuple[int, ...] = (0,)
+    cached_len: int = 0
 
 
 class Host:
     """Reads records as the engine does, and says what to do about each."""
 
-    def __init__(self, kernel: Kernel, stop: tuple[int, ...]):
-        self.kernel, self.stop, self.commands, self.seen = kernel, stop, 0, []
+    def __init__(self, kernel: Kernel, requests: tuple[Given, ...]):
+        self.kernel, self.requests, self.commands, self.seen, self.at = kernel, requests, 0, [], 0
         self.order = np.random.default_rng(0)
         self.mailbox = kernel.host[: abi.Mailbox.itemsize].view(abi.Mailbox)[0]
         self.arena = kernel.host[abi.Mailbox.itemsize :].view(np.uint32)
+        self.submit(0)
 
     def put(self, command: Command, **fields) -> None:
         """A host that stores a line's words in any order."""
@@ -54,17 +51,17 @@ class Host:
             there[i] = words[i]
             time.sleep(1e-5)
 
-    def submit(self, request: int) -> None:
-        """Always into slot 0 and its page."""
-        stop = self.stop if request == 0 else ()
-        body, at = [*PROMPTS[request], 0, *stop], 64 * request
-        self.arena[at : at + len(body)] = body
-        self.put(Command.SUBMIT, request=request, slot=0, arena=at, prompt_len=len(PROMPTS[request]), num_pages=1,
-                 num_stop=len(stop), max_tokens=TOKENS[request])  # fmt: skip
+    def submit(self, number: int) -> None:
+        r = self.requests[number]
+        body = [*r.prompt, *r.pages, *r.stop]
+        self.arena[self.at : self.at + len(body)] = body
+        self.put(Command.SUBMIT, request=number, slot=r.slot, arena=self.at, prompt_len=len(r.prompt), num_pages=len(r.pages),
+                 num_stop=len(r.stop), max_tokens=r.max_tokens, cached_len=r.cached_len)  # fmt: skip
+        self.at += len(body)
 
     def serve(self, launch, timeout_s: float = 10) -> list[list[int]]:
-        """Tokens of both requests, the second submitted when the first is released."""
-        tokens, began = [[], []], time.monotonic()
+        """Tokens of all requests."""
+        tokens, began = [[] for _ in self.requests], time.monotonic()
         while not launch.done():
             if time.monotonic() - began > timeout_s:
                 launch.stop()
@@ -77,31 +74,60 @@ class Host:
             if record["kind"] == Record.TOKEN:
                 tokens[record["request"]].append(int(record["token"]))
             elif record["kind"] == Record.RELEASE:
-                self.submit(1) if record["request"] == 0 else self.put(Command.SHUTDOWN)
+                more = int(record["request"]) + 1
+                self.submit(more) if more < len(self.requests) else self.put(Command.SHUTDOWN)
         launch.wait(1)
         for i, record in enumerate(self.seen):
             expect(record == self.mailbox["records"][i], f"record {i + 1} was announced before it was written")
         return tokens
 
 
-def slot_reuse(source=None, trials: int = 60, first: int = 0) -> int:
-    """A request that ends by a stop token, so with a ghost in flight, and one that takes its slot at once. How many trials ran."""
-    free = [_alone(*each) for each in zip(PROMPTS, TOKENS, strict=True)]
-    stop = (free[0][2],)
-    expected = [free[0][: free[0].index(stop[0]) + 1], free[1]]
-    kernel = Kernel(_configuration(PROMPTS[0], TOKENS[0], stop), tap=False, source=source)
+def _repeat(case: Case, requests: tuple[Given, ...], expected: list[list[int]], source, trials: range) -> int:
+    """Serves the requests under one hostile schedule after the other."""
+    # two requests reserve as many pages as any of these need
+    mine = Configuration(-9, 1, case, 5, 3, tuple(Request(r.prompt, r.max_tokens, r.stop) for r in requests))
+    kernel = Kernel(mine, tap=False, source=source)
     try:
-        for trial in range(first, first + trials):
-            weak = {"delay_stores": trial % 2 == 0, "delay_copies": True, "stalls": trial % 3 == 0}
+        for trial in trials:
+            weak = {"delay_stores": trial % 4 > 0, "delay_copies": True, "stalls": trial % 3 == 0}
             kernel.reset()
-            host = Host(kernel, stop)
-            host.submit(0)
+            host = Host(kernel, requests)
             got = host.serve(kernel.start(Schedule(trial, {"mode": "random", "preempt": 8, **weak})))
             expect(not kernel.fault(0)["valid"], f"trial {trial}: a wait gave up")
             expect(got == expected, f"trial {trial}: tokens {got} instead of {expected}")
     finally:
         kernel.close()
-    return trials
+    return len(trials)
+
+
+def _alone(case: Case, request: Given) -> list[int]:
+    kernel = Kernel(Configuration(-9, 1, case, 5, 3, (Request(request.prompt, request.max_tokens),)), tap=False)
+    try:
+        return kernel.run(Schedule(0)).tokens[0]
+    finally:
+        kernel.close()
+
+
+def slot_reuse(source=None, trials: int = 60, first: int = 0) -> int:
+    """A request that ends by a stop token, so with a ghost in flight, and one that takes its slot at once. How many trials ran."""
+    case = tiny(0, 1).case
+    case = replace(case, options=case.options | {"max_model_len": 16, "num_slots": 2})
+    requests = (Given((3, 1, 4), 8), Given((1, 5), 4))
+    free = [_alone(case, request) for request in requests]
+    stop = free[0][2]
+    expected = [free[0][: free[0].index(stop) + 1], free[1]]
+    return _repeat(case, (replace(requests[0], stop=(stop,)), requests[1]), expected, source, range(first, first + trials))
+
+
+def shared_page(source=None, trials: int = 24, first: int = 0) -> int:
+    """A request that begins in its second page: the first is an earlier one's, and the slot's page table is new in that very step."""
+    case = tiny(1, 1).case
+    config = replace(case.config, head_dim=128)  # pages of 32 positions
+    case = replace(case, config=config, options=case.options | {"max_model_len": 64, "num_slots": 2})
+    prompt = tuple(i * i % 23 for i in range(34))
+    requests = (Given(prompt, 4, pages=(2, 1)), Given((*prompt[:33], 7), 6, slot=1, pages=(2, 0), cached_len=32))
+    expected = [_alone(case, request) for request in requests]
+    return _repeat(case, requests, expected, source, range(first, first + trials))
 
 
 def dead_peer(source=None, trials: int = 3, first: int = 0) -> int:
@@ -139,4 +165,4 @@ def aborted_threads(source=None, trials: int = 40, first: int = 0) -> int:
     return trials
 
 
-DRILLS = (slot_reuse, dead_peer, aborted_threads)
+DRILLS = (slot_reuse, shared_page, dead_peer, aborted_threads)
