@@ -27,7 +27,8 @@ DEV bool begin_step(Block& b) {
   if (b.thread == 0) {
     s.num_rows = s.plan[0] & 0xffff;
     s.command = s.plan[0] >> 16;
-    s.num_sampling = s.plan[1];
+    s.num_sampling = s.plan[1] & 0xffff;
+    s.num_drawing = s.plan[1] >> 16;
   }
   const int rows = s.plan[0] & 0xffff;
   ROLLED for (int r = b.thread; r < rows; r += kConsumerThreads) {
@@ -35,10 +36,11 @@ DEV bool begin_step(Block& b) {
     Row& row = s.rows[r];
     row.token = words[0] & kTokenFromRow ? s.tokens[(b.step & 1) ^ 1][words[0] & 0xff] : words[0];
     row.position = words[1];
-    row.slot = words[2] & ~kRowSamples;
+    row.slot = words[2] & kRowSlot;
+    row.flags = words[2];
     row.page = words[3];
     int first = r;
-    while (first > 0 && (words[2 - kPlanRowWords * (r - first + 1)] & ~kRowSamples) == row.slot) first--;
+    while (first > 0 && (words[2 - kPlanRowWords * (r - first + 1)] & kRowSlot) == row.slot) first--;
     row.first_row = first;
     if (b.index == 0)  // read by this rank's producers in later steps, under the KV rule
       store_global((u32*)b.params->page_table + row.slot * shape().pages_per_slot + row.position / shape().page_size, row.page);

@@ -16,6 +16,7 @@ MAX_USEFUL_STAGES = 12  # more buffered tiles did not help (docs/performance.md)
 MIN_STAGES = 4
 ONE_SHOT_WORDS = 8192  # words a block can read in one shot before a slice owner is faster (docs/performance.md)
 PARTIAL_GROUP = 128  # partial sums that lie together, halves of quads apart (part_index in cuda_src/exchange.cuh)
+MAX_OWN_TOKENS = 1 << 17  # tokens of a block are counted in 17 bits (kCountBits in cuda_src/search.cuh)
 H100_SMS = 132
 H100_SHARED_BYTES = 232_448
 
@@ -114,6 +115,12 @@ def make_shape(
             f"{max_rows} rows a step of hidden size {config.hidden_size} and intermediate size {config.intermediate_size} on "
             f"{world_size} rank(s) leave no room for the weight ring in {machine.shared_memory_bytes} bytes of shared memory: {advice}"
         )
+    if own_tokens(best) >= MAX_OWN_TOKENS:
+        raise ValueError(
+            f"a vocabulary of {config.vocab_size} on {world_size} rank(s) of {num_blocks} blocks is not supported: a block looks after "
+            f"{own_tokens(best)} tokens and at most {MAX_OWN_TOKENS - 1} are allowed; use more ranks"
+        )
+    assert world_size * num_blocks <= abi.DRAW_ROW_BYTES - 256, "merge_parts in cuda_src/logprobs.cuh keeps a byte for each"
     _place_symmetric_memory(best)
     return best
 
@@ -146,7 +153,7 @@ def _place_shared_memory(
     )  # q, k and v, the warps' results
     offset = abi.SHARED_HEADER_BYTES
     for field, size in (
-        ("smem_x", max(rows * widest * 2, attention)),
+        ("smem_x", max(rows * widest * 2, attention, rows * abi.DRAW_ROW_BYTES)),
         ("smem_part", abi.PART_SLOTS * abi.CONSUMER_WARPS * rows * abi.UNIT_ROWS * 4),
         ("smem_residual", max(int(s["one_shot_rows"]) * hidden, rows * owned) * 4),
         ("smem_rope", rows * head_dim * 4),
@@ -174,6 +181,10 @@ def _place_symmetric_memory(s) -> None:
         ("off_down_part", world * int(s["down_slices"]) * rows * partial_width(hidden)),
         ("off_down_sum", rows * hidden // 2),
         ("off_best", world * blocks * rows * 2),
+        ("off_sampling", 2 * rows * abi.SAMPLING_WORDS),
+        ("off_logits", rows * int(s["vocab_rows"])),
+        ("off_search", 2 * world * blocks * rows * abi.SEARCH_PIVOTS * 2),
+        ("off_logprob", world * blocks * rows * (2 + abi.MAX_LOGPROBS) * 2),
         ("off_abort", 16),
     ):
         s[field] = offset
@@ -194,6 +205,21 @@ def plan_words(rows: int) -> int:
 def num_claims(s) -> int:
     """u32 counters of RankParams.claims."""
     return 2 * (int(s["num_layers"]) * (3 + int(s["down_slices"])) + 1)
+
+
+def own_tokens(s) -> int:
+    """Tokens of a rank's vocabulary that one block looks after when rows are drawn (cuda_src/sampling.cuh)."""
+    return abi.UNIT_ROWS * -(-int(s["vocab_rows"]) // (abi.UNIT_ROWS * int(s["num_blocks"])))
+
+
+def sampler_bytes(s) -> dict[str, int]:
+    """Bytes of the fields of RankParams that only drawing needs."""
+    own = 4 * int(s["num_blocks"]) * own_tokens(s)
+    return {
+        "counts": own * int(s["num_slots"]),
+        "scaled": own * int(s["max_rows"]),
+        "logprobs": 4 * 2 * int(s["max_rows"]) * (1 + abi.MAX_LOGPROBS) * 4,
+    }
 
 
 def trace_bytes(s) -> int:

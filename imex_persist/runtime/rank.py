@@ -27,6 +27,7 @@ class RankMemory:
         self.kv = device.zeros(planner.kv_bytes(shape))
         self.page_table = device.zeros(int(shape["num_slots"]) * int(shape["pages_per_slot"]) * 4)
         self.claims = device.zeros(planner.num_claims(shape) * 4)
+        self.sampler = {name: device.zeros(size) for name, size in planner.sampler_bytes(shape).items()}
         self.peers: dict[int, Buffer] = {rank: self.symmetric}
 
     def connect(self, handles: Mapping[int, str], local: Mapping[int, RankMemory]) -> None:
@@ -64,6 +65,8 @@ class RankMemory:
         for name in WEIGHTS:
             out[name] = self.weights[name].address
         out["kv"], out["page_table"], out["claims"] = self.kv.address, self.page_table.address, self.claims.address
+        for name, buffer in self.sampler.items():
+            out[name] = buffer.address
         for rank, peer in self.peers.items():
             out["peers"][rank] = peer.address
         out["mailbox"], out["fault"], out["trace"] = mailbox, fault, trace

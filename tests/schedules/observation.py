@@ -73,7 +73,7 @@ def last_rows(shape: np.void, plans: np.ndarray) -> list[tuple[int, int, bool]]:
         return []
     expect(epochs[1 - newest, 0] == epochs[newest, 0] - 1, "the last two plans are not of neighbouring steps")
     rows = last[abi.PLAN_HEADER_WORDS :].reshape(-1, abi.PLAN_ROW_WORDS)[:count]
-    return [(int(r[2] & ~abi.ROW_SAMPLES), int(r[1]), bool(r[2] & abi.ROW_SAMPLES)) for r in rows]
+    return [(int(r[2] & abi.ROW_SLOT), int(r[1]), bool(r[2] & abi.ROW_SAMPLES)) for r in rows]
 
 
 def observe_rows(seen: Observation, rank: int, shape: np.void, tap: np.ndarray, rows: list[tuple[int, int, bool]]) -> None:
