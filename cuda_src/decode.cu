@@ -75,6 +75,7 @@ DEV void consume(Block& b) {
     }
     if (!decode_step(b) || shape().only_phase) break;
   }
+  b.waiter.failed = warp_any(b.waiter.failed);  // all lanes or none: a mark is handed over by the whole warp
   hand_over_mark(b, kUnitExit);
   report_fault(b);
 }

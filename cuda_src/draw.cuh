@@ -50,14 +50,9 @@ DEV bool scale_rows(Block& b) {
 DEV u64 best_of_row(const Block& b, int row) {
   const DrawRow& r = draw_row(b, row);
   const Sampling& p = r.sampling;
-  const float4* x = scaled_logits(b, row);
   const u32 index = token_index(p, b.shared->rows[row].position);
   u64 best = 0;
-  ROLLED for (int quad = b.thread; quad < own_quads(); quad += kConsumerThreads) {
-    if (quad_token(b, quad) >= shape().vocab_rows) continue;
-    const float4 v = x[quad];
-    const float values[4] = {v.x, v.y, v.z, v.w};
-    const u32 id = global_id(b, quad_token(b, quad));
+  each_quad(b, row, [&](int, u32 id, const float(&values)[4]) {
     u32 noise[4] = {id / 4, index, 0, 0};
     if (p.temperature > 0.f) philox(noise, p.seed[0], p.seed[1]);
     UNROLL for (int i = 0; i < 4; i++) {
@@ -65,7 +60,7 @@ DEV u64 best_of_row(const Block& b, int row) {
       const u64 key = candidate_key(p.temperature > 0.f ? values[i] + gumbel(noise[i]) : values[i], id + i);
       best = key > best ? key : best;
     }
-  }
+  });
   return best;
 }
 

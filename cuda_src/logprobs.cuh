@@ -68,15 +68,12 @@ DEV void publish_part(Block& b, int row, u32 token) {
   const float largest = key_float((u32)(best >> 32));
   float sum = 0.f;
   u32 count = 0;
-  ROLLED for (int quad = b.thread; quad < own_quads(); quad += kConsumerThreads) {
-    if (quad_token(b, quad) >= shape().vocab_rows) continue;
-    const float4 v = x[quad];
-    const float values[4] = {v.x, v.y, v.z, v.w};
+  each_quad(b, row, [&](int, u32, const float(&values)[4]) {
     UNROLL for (int i = 0; i < 4; i++) {
       sum += values[i] > minus_infinity() ? fast_exp(values[i] - largest) : 0.f;
       count += values[i] >= chosen;
     }
-  }
+  });
   consumer_sums(b, r, sum, count);
   auto publish = [&](int pair, u32 first, u32 second) {
     if (b.thread == 0) store_words(words_of(b, 0, logprob_words(source, row, pair)), first, second, epoch);
@@ -86,16 +83,12 @@ DEV void publish_part(Block& b, int row, u32 token) {
   ROLLED for (int n = 0; n < wanted; n++) {
     publish(2 + n, (u32)(best >> 32), (u32)best);
     u64 next = 0;
-    ROLLED for (int quad = b.thread; quad < own_quads() && best; quad += kConsumerThreads) {
-      const u32 token = quad_token(b, quad), id = global_id(b, token);
-      if (token >= shape().vocab_rows) continue;
-      const float4 v = x[quad];
-      const float values[4] = {v.x, v.y, v.z, v.w};
+    each_quad(b, row, [&](int, u32 id, const float(&values)[4]) {
       UNROLL for (int i = 0; i < 4; i++) {
         const u64 key = id + i < shape().vocab_size ? candidate_key(values[i], id + i) : 0;
         if (key < best && key > next) next = key;
       }
-    }
+    });
     best = consumer_max(b, next, n + 1);
   }
 }

@@ -65,6 +65,18 @@ DEV float4* scaled_logits(const Block& b, int row) {
   char* global = (char*)b.params->scaled + ((u64)b.index * rows + row) * bytes;
   return (float4*)(fixed + rows * bytes <= (int)(shape().smem_part - shape().smem_x) ? shared : global);
 }
+// Hands the thread's quads of a row's scaled logits to use(quad, id of the first token, values).
+template <class Use>
+DEV void each_quad(const Block& b, int row, Use use) {
+  const float4* x = scaled_logits(b, row);
+  ROLLED for (int quad = b.thread; quad < own_quads(); quad += kConsumerThreads) {
+    const u32 token = quad_token(b, quad);
+    if (token >= shape().vocab_rows) continue;  // nobody has written there
+    const float4 v = x[quad];
+    const float values[4] = {v.x, v.y, v.z, v.w};
+    use(quad, global_id(b, token), values);
+  }
+}
 // uint4 [own_quads()] of a slot: how often each token was generated, and whether it is in the prompt.
 constexpr u32 kInPrompt = 0x80000000u;
 DEV uint4* token_counts(const Block& b, u32 slot) {

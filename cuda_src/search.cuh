@@ -145,14 +145,11 @@ DEV bool exchange_extremes(Block& b) {
 // What is above each pivot among the block's own tokens, in part_masses: mass << kCountBits | count.
 DEV void count_above(Block& b, int row) {
   DrawRow& r = draw_row(b, row);
-  const float4* x = scaled_logits(b, row);
   const float largest = key_float(r.search.largest);
   u32 pivots[kSearchPivots];
   u64 sums[kSearchPivots];
   UNROLL for (int j = 0; j < kSearchPivots; j++) pivots[j] = r.pivots[j], sums[j] = 0;
-  ROLLED for (int quad = b.thread; quad < own_quads(); quad += kConsumerThreads) {
-    const float4 v = x[quad];
-    const float values[4] = {v.x, v.y, v.z, v.w};
+  each_quad(b, row, [&](int, u32, const float(&values)[4]) {
     UNROLL for (int i = 0; i < 4; i++) {
       const u32 key = order_key(values[i]);
       if (key <= pivots[0]) continue;
@@ -160,7 +157,7 @@ DEV void count_above(Block& b, int row) {
       const u64 sum = (u64)(mass > 0.f ? (u32)mass : 0) << kCountBits | 1;
       UNROLL for (int j = 0; j < kSearchPivots; j++) sums[j] += key > pivots[j] ? sum : 0;
     }
-  }
+  });
   UNROLL for (int j = 0; j < kSearchPivots; j++) {
     const u64 of_warp = warp_sum(sums[j]);
     if (b.lane == 0) r.part_masses[b.warp][j] = of_warp;

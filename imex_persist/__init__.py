@@ -11,6 +11,7 @@ __all__ = [
     "DeviceError",
     "FaultError",
     "ImexError",
+    "Logprob",
     "RequestOutput",
     "SamplingParams",
     "__version__",
@@ -20,6 +21,7 @@ _HOME = {
     "LLM": "imex_persist.llm",
     "SamplingParams": "imex_persist.sampling_params",
     "CompletionOutput": "imex_persist.outputs",
+    "Logprob": "imex_persist.outputs",
     "RequestOutput": "imex_persist.outputs",
     "DeviceError": "imex_persist.errors",
     "FaultError": "imex_persist.errors",
@@ -29,7 +31,7 @@ _HOME = {
 if TYPE_CHECKING:
     from imex_persist.errors import DeviceError, FaultError, ImexError
     from imex_persist.llm import LLM
-    from imex_persist.outputs import CompletionOutput, RequestOutput
+    from imex_persist.outputs import CompletionOutput, Logprob, RequestOutput
     from imex_persist.sampling_params import SamplingParams
 
 

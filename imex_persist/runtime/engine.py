@@ -243,6 +243,7 @@ class Engine:
             stop=s.stop_token_ids,
             max_tokens=s.max_tokens,
             min_tokens=s.min_tokens,
+            sampling=s.sampling,
         )
         return True
 
@@ -252,12 +253,16 @@ class Engine:
             return
         if record.kind == abi.Record.ACK:
             request.seen_device_ns = request.seen_device_ns or record.time_ns
+        elif record.kind == abi.Record.LOGPROB:
+            request.logprobs.append((record.token, record.finish_float, record.index))
         elif record.kind == abi.Record.TOKEN:
             reason = FINISH_REASONS.get(record.finish)
             cancelled = record.finish == abi.Finish.CANCELLED  # carries no token of its own
             if not cancelled:
                 request.num_tokens += 1
-            request.tell(TokenEvent(None if cancelled else record.token, reason, record.time_ns, time.perf_counter()))
+            token, logprobs = None if cancelled else record.token, tuple(request.logprobs)
+            request.logprobs.clear()
+            request.tell(TokenEvent(token, reason, record.time_ns, time.perf_counter(), logprobs))
         elif record.kind == abi.Record.RELEASE:
             self._end(request, "abort")  # says nothing if the request has its reason already
             del self._resident[request.id]

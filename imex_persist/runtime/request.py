@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from imex_persist import abi
+from imex_persist.runtime.sampling import Sampling
 
 FINISH_REASONS = {abi.Finish.STOP: "stop", abi.Finish.LENGTH: "length", abi.Finish.CANCELLED: "abort"}
 
@@ -20,6 +21,7 @@ class TokenEvent(NamedTuple):
     finish_reason: str | None
     device_time_ns: int  # device clock when the step's tokens were known
     host_time: float  # time.perf_counter() when the record was read
+    logprobs: tuple[tuple[int, float, int], ...] = ()  # (token id, log-probability, rank), the token's own first
 
 
 Event = TokenEvent | Exception
@@ -34,6 +36,12 @@ class Submission:
     max_tokens: int
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    sampling: Sampling | None = None  # None: plainly greedy
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether the kernel must see every prompt token, for the repetition penalty: no pages of another request may be reused."""
+        return self.sampling is not None and self.sampling.needs_whole_prompt
 
 
 @dataclass(eq=False)
@@ -49,6 +57,7 @@ class Request:
     slot: int = -1  # -1 while it waits
     pages: list[int] = field(default_factory=list, repr=False)
     num_tokens: int = 0
+    logprobs: list[tuple[int, float, int]] = field(default_factory=list, repr=False)  # of the token whose record comes next
     finished: bool = False
     cancelled: bool = False
 

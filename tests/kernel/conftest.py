@@ -30,6 +30,7 @@ def make_device(request):
         made.append(SimDevice(request.param, num_blocks, **options))
         return made[-1]
 
+    make.lanes = request.param
     yield make
     for device in made:
         device.close()

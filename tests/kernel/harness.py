@@ -79,6 +79,13 @@ class KernelRun:
             fault = self.faults[i * FAULT_BYTES : (i + 1) * FAULT_BYTES][: abi.FaultRecord.itemsize].view(abi.FaultRecord)[0]
             assert not fault["valid"], fault
 
+    def reset(self) -> None:
+        """Words and counters as before the first launch; pages stay as they are."""
+        self.host[:] = 0
+        for rank in self.ranks:
+            for buffer in (rank.symmetric, rank.claims):
+                self.device.upload(buffer, 0, np.zeros(buffer.nbytes, np.uint8))
+
     # ------------------------------------------------------------------ the whole model, by descriptors written beforehand
     def decode(self, requests: list[dict]) -> list[list[int]]:
         """Tokens of each request {prompt, max_tokens, min_tokens=0, stop=(), sampling=None (runtime/sampling.py)}: all descriptors

@@ -9,12 +9,10 @@ import pytest
 
 from imex_persist import abi
 from imex_persist.abi import Phase
-from imex_persist.model import sampling as reference
 
 from .cases import CASES, NUM_CASES, only, uses
+from .drawing import check_token
 from .phase_run import PhaseRun
-
-CLOSE = 1e-4  # of a scaled logit, or of probability: closer calls may go either way, since e^x and log are not NumPy's to the last bit
 
 
 def random_sampling(rng: np.random.Generator, vocab_size: int, position: int) -> np.void:
@@ -39,18 +37,6 @@ def random_sampling(rng: np.random.Generator, vocab_size: int, position: int) ->
 
 def words_of(s: np.void) -> list[int]:
     return np.array([s]).view(np.uint32).tolist()
-
-
-def close_call(x: np.ndarray, s: np.void, noise: np.ndarray, token: int) -> bool:
-    """Whether `token` is right for parameters that differ by less than arithmetic does."""
-    for shift in (-CLOSE, CLOSE):
-        near = s.copy()
-        near["top_p"] = int(np.clip(int(s["top_p"]) * (1 + shift), 1, 2**32 - 1)) if s["top_p"] else 0
-        near["log_min_p"] += shift
-        perturbed = np.where(reference.allowed(x, near), x + noise, -np.inf)
-        if perturbed[token] > perturbed.max() - CLOSE * max(1, abs(perturbed.max())):
-            return True
-    return False
 
 
 @pytest.mark.parametrize("index", range(NUM_CASES))
@@ -94,8 +80,4 @@ def check_row(p: PhaseRun, logits: np.ndarray, s: np.void, row: int, token: int)
         ]  # of presence and frequency only what is generated matters: counts begin with the first row that samples
     prompt = [int(p.tokens[r]) for r in mine if p.positions[r] < s["prompt_len"]]
     generated = [int(p.tokens[r]) for r in mine if p.positions[r] >= s["prompt_len"]]
-    x = reference.scale(logits, s, prompt, generated, number)
-    noise = reference.noise(s["seed"], number, len(x)) if s["temperature"] > 0 else np.zeros_like(x)
-    expected = int(np.where(reference.allowed(x, s), x + noise, -np.inf).argmax())
-    if token != expected:
-        assert close_call(x, s, noise, token), f"row {row}: token {token} instead of {expected}, {s}"
+    check_token(f"row {row}", token, logits, s, prompt, generated, number)
