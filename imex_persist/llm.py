@@ -69,7 +69,9 @@ class LLM:
         """Completes one prompt or several; results are in the order of the prompts.
 
         A prompt is a string, a list of token ids, or {"prompt": …} or {"prompt_token_ids": …}. Without `sampling_params` decoding is
-        greedy; a model's generation_config.json says where to end, its other defaults are not applied. Raises ValueError for bad input before anything runs, FaultError (with `outputs`, what there is) if the ranks end.
+        greedy; a model's generation_config.json says where to end, its other defaults are not applied.
+
+        Raises ValueError for bad input before anything runs, FaultError (with `outputs`, what there is) if the ranks end.
         """
         return self._complete(*self._prepare(prompts, sampling_params))
 

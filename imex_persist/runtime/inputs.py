@@ -82,9 +82,7 @@ def render_chat(conversation, model: Model) -> dict:
     return {"prompt": tokenizer.apply_chat_template(messages), "prompt_token_ids": tokenizer.encode_chat(messages)}
 
 
-def submission(
-    ids: list[int], params: SamplingParams, eos: Sequence[int], max_model_len: int, vocab_size: int
-) -> Submission:
+def submission(ids: list[int], params: SamplingParams, eos: Sequence[int], max_model_len: int, vocab_size: int) -> Submission:
     """`max_tokens` ends at `max_model_len`, as in vLLM; a prompt that leaves no room is left for Engine.check to refuse.
 
     Raises ValueError for stop token ids outside the vocabulary.

@@ -61,7 +61,9 @@ def check_chi_square(counts: np.ndarray, p: np.ndarray) -> None:
 @flat(24)
 def test_distribution(make_device, name, draws):
     if slow(make_device):
-        pytest.skip("a thread a fiber is too slow for as many draws: test_tokens_are_the_references compares those of both forms")
+        pytest.skip(
+            "a thread a fiber is too slow for as many draws: test_tokens_are_the_references compares those of both forms"
+        )
     m = FlatModel(make_device, LOGITS)
     counts, seed = np.zeros(24, np.int64), 0
     while counts.sum() < draws:

@@ -78,7 +78,9 @@ def test_several_greedy_completions_would_be_the_same():
     assert SamplingParams(n=2).n == 2
 
 
-@pytest.mark.parametrize("name", ["best_of", "logit_bias", "prompt_logprobs", "bad_words", "allowed_token_ids", "logits_processors"])
+@pytest.mark.parametrize(
+    "name", ["best_of", "logit_bias", "prompt_logprobs", "bad_words", "allowed_token_ids", "logits_processors"]
+)
 def test_what_is_not_supported_is_refused_by_name(name):
     with pytest.raises(TypeError, match=name):
         SamplingParams(**{name: 1})

@@ -91,9 +91,9 @@ def _drawn(number: int, requests: list[Request], vocab_size: int) -> list[Reques
         fields = random_params(rng, vocab_size) | {"max_tokens": r.max_tokens, "stop_token_ids": r.stop, "min_tokens": 0}
         if rng.integers(3) == 0:
             fields["logprobs"] = int(rng.choice([0, 3, 20]))
-        params, draws = SamplingParams(**fields), rng.integers(2)
         masks = min(r.min_tokens, r.max_tokens)
-        out.append(replace(r, sampling=sampling_of(replace(params, min_tokens=masks), len(r.prompt), masks, (), vocab_size)) if draws else r)
+        sampling = sampling_of(SamplingParams(**fields), len(r.prompt), masks, (), vocab_size)
+        out.append(replace(r, sampling=sampling) if rng.integers(2) else r)
     return out
 
 
