@@ -133,7 +133,7 @@ DEV void merge_parts(Block& b, int row, u32 token) {
   ROLLED for (int n = 0; n < wanted; n++) {
     u64 mine = 0;
     int from = 0;
-    auto head = [&](int i) { return (int)heads[smaller(source_of(i), sources - 1)]; };
+    auto head = [&](int i) { return source_of(i) < sources ? (int)heads[source_of(i)] : 0; };
     gather(b, epoch, per, [&](int i) { return words(i, 2 + head(i)); }, owes, [&](int i, u32 first, u32 second) {
       const u64 key = (u64)first << 32 | second;
       if (source_of(i) < sources && key > mine) mine = key, from = i;

@@ -108,6 +108,8 @@ def check_request(m: FlatModel, request: dict, tokens: list[int]) -> None:
 @flat(131)
 def test_tokens_are_the_references(make_device, world_size, vocab_size):
     """Penalties over whole generations, prompts of several steps, requests that come and go; some logits are equal."""
+    if slow(make_device) and (vocab_size == 50 or world_size > 2):
+        pytest.skip("a thread a fiber: one vocabulary on one and two ranks")
     rng = np.random.default_rng([world_size, vocab_size])
     m = FlatModel(make_device, np.round(rng.normal(0, 2, 131)[:vocab_size], 1), world_size)
     for _ in range(1 if slow(make_device) else 3):
@@ -162,6 +164,8 @@ def test_equal_logits(make_device, params, possible):
 @flat(50)
 def test_logprobs(make_device, world_size):
     """Of raw logits, whatever penalties and temperature do; the token's own first, then the most probable ones in order."""
+    if slow(make_device) and world_size > 2:
+        pytest.skip("a thread a fiber: on one and two ranks")
     rng = np.random.default_rng(world_size)
     m = FlatModel(make_device, rng.normal(0, 2, 50), world_size)
     wanted = [0, 20] if slow(make_device) else [0, 1, 5, 20]
@@ -177,7 +181,7 @@ def test_logprobs(make_device, world_size):
             assert found == [[]] * 6
             continue
         for token, (own, *best) in zip(tokens[i], found, strict=True):
-            assert own[0] == token and own[2] == 1 + int(np.count_nonzero(m.logits > m.logits[token]))
+            assert own[0] == token and own[2] == int(np.count_nonzero(m.logits >= m.logits[token]))
             assert [b[0] for b in best] == order[: wanted[i // 2]].tolist()
             assert [b[2] for b in best] == list(range(1, len(best) + 1))
             for id, logprob, _ in (own, *best):
