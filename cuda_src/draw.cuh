@@ -12,38 +12,36 @@ namespace imex {
 // Scales the block's logits of every drawn row, and leaves each warp's largest key, and inverted its smallest, for the search.
 DEV bool scale_rows(Block& b) {
   const Shared& s = *b.shared;
-  const int per = quads_per_consumer();
-  u32 largest = 0, smallest = 0;
-  gather_logits(
-      b, s.num_drawn, [&](int d) {
-    return (int)s.drawn[d]; },
-      [&](int turn, int row, int quad, float4 v) {
+  fetch_logits(b, s.num_drawn, [&](int d) { return (int)s.drawn[d]; });
+  if (!all_well(b)) return false;
+  ROLLED for (u32 d = 0; d < s.num_drawn; d++) {
+    const int row = s.drawn[d];
     DrawRow& r = draw_row(b, row);
     const Sampling& p = r.sampling;
-    if (turn == 0) largest = smallest = 0;
-    if (quad >= 0) {
-      const bool masks = token_index(p, s.rows[row].position) < p.min_tokens;
-      const uint4 counts = penalizes(p) ? token_counts(b, s.rows[row].slot)[quad] : make_uint4(0, 0, 0, 0);
-      const u32 id = global_id(b, quad_token(b, quad));
-      const float4 x = make_float4(scale_logit(p, v.x, counts.x, id, masks), scale_logit(p, v.y, counts.y, id + 1, masks),
-                                   scale_logit(p, v.z, counts.z, id + 2, masks), scale_logit(p, v.w, counts.w, id + 3, masks));
-      scaled_logits(b, row)[quad] = x;
-      const float values[4] = {x.x, x.y, x.z, x.w};
-  UNROLL for (int i = 0; i < 4; i++) {
-            const u32 key = order_key(values[i]);
-            if (key <= kNeverKey) continue;
-            largest = larger(largest, key);
-            smallest = larger(smallest, ~key);
-          }
-        }
-        if (turn < per - 1) return;
-        const u32 of_warp[2] = {(u32)warp_max((u64)largest), (u32)warp_max((u64)smallest)};
-        if (b.lane) return;
-        r.part_counts[b.warp][0] = of_warp[0];
-        r.part_counts[b.warp][1] = of_warp[1];
-        r.search.lo = kNeverKey;  // every warp the same
-      });
-  return all_well(b);
+    const bool masks = token_index(p, s.rows[row].position) < p.min_tokens, counted = penalizes(p);
+    const uint4* counts = token_counts(b, s.rows[row].slot);
+    u32 largest = 0, smallest = 0;
+    each_quad(b, row, [&](int quad, u32 id, const float(&v)[4]) {
+      const uint4 c = counted ? counts[quad] : make_uint4(0, 0, 0, 0);
+      const u32 of_token[4] = {c.x, c.y, c.z, c.w};
+      float x[4];
+      UNROLL for (int i = 0; i < 4; i++) {
+        x[i] = scale_logit(p, v[i], of_token[i], id + i, masks);
+        const u32 key = order_key(x[i]);
+        if (key <= kNeverKey) continue;
+        largest = larger(largest, key);
+        smallest = larger(smallest, ~key);
+      }
+      scaled_logits(b, row)[quad] = make_float4(x[0], x[1], x[2], x[3]);
+    });
+    const u32 of_warp[2] = {(u32)warp_max((u64)largest), (u32)warp_max((u64)smallest)};
+    if (b.lane) continue;
+    r.part_counts[b.warp][0] = of_warp[0];
+    r.part_counts[b.warp][1] = of_warp[1];
+    r.search.lo = kNeverKey;  // every warp the same
+  }
+  consumer_sync();
+  return true;
 }
 
 // This thread's best of what is left of a row.
@@ -76,7 +74,7 @@ DEV void replace_candidates(Block& b) {
   ROLLED for (u32 i = b.thread; i < s.num_drawn * kAdderWarps * kOfRow; i += kConsumerThreads) {
     const u32 d = i / (kAdderWarps * kOfRow), cell = i % (kAdderWarps * kOfRow);
     u64 best = 0;
-    for (int w = 0; w < kConsumerWarps && cell == 0; w++) best = s.best[d][w] > best ? s.best[d][w] : best;
+    ROLLED for (int w = 0; w < kConsumerWarps && cell == 0; w++) best = s.best[d][w] > best ? s.best[d][w] : best;
     s.candidates[cell / kOfRow][s.drawn[d] * kOfRow + cell % kOfRow] = best;
   }
   consumer_sync();

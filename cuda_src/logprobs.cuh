@@ -42,28 +42,23 @@ DEV void publish_part(Block& b, int row, u32 token) {
   DrawRow& r = draw_row(b, row);
   const u32 epoch = layer_epoch(b.step, shape().num_layers), of_rank = token / shape().vocab_rows;
   const u32 at = logits_offset(row) + token % shape().vocab_rows, source = b.params->rank * shape().num_blocks + b.index;
-  float4* x = scaled_logits(b, row);  // drawn from already: the raw logits take their place
-  consumer_sync();                    // consumer_max's places may still be read
+  consumer_sync();  // consumer_max's places may still be read
   const int wanted = r.sampling.num_logprobs - 1;
   float chosen = 0.f;
   gather(  // of whoever owns the token: it has read the word itself, before it sent its best
       b, epoch, 1, [&](int) { return words_of(b, of_rank, at & ~1u); }, [&](int) { return of_rank; },
       [&](int, u32 first, u32 second) { chosen = bits_float(at & 1 ? second : first); });
   u64 best = 0;
-  gather_logits(
-      b, 1, [&](int) {
-    return row; },
-      [&](int, int, int quad, float4 v) {
-    if (quad < 0) return;
-    const u32 id = global_id(b, quad_token(b, quad));
-    float values[4] = {v.x, v.y, v.z, v.w};
+  fetch_logits(b, 1, [&](int) { return row; });  // drawn from already: the raw ones again
+  each_quad(b, row, [&](int quad, u32 id, const float(&v)[4]) {
+    float values[4];
   UNROLL for (int i = 0; i < 4; i++) {
-          if (id + i >= shape().vocab_size) values[i] = minus_infinity();
-          const u64 key = candidate_key(values[i], id + i);
-          best = key > best ? key : best;
-        }
-        x[quad] = make_float4(values[0], values[1], values[2], values[3]);
-      });
+      values[i] = id + i < shape().vocab_size ? v[i] : minus_infinity();
+      const u64 key = candidate_key(values[i], id + i);
+      best = key > best ? key : best;
+    }
+    scaled_logits(b, row)[quad] = make_float4(values[0], values[1], values[2], values[3]);
+  });
   best = consumer_max(b, best, 0);
   const float largest = key_float((u32)(best >> 32));
   float sum = 0.f;

@@ -4,7 +4,7 @@
 // tokens is one thread's. Counts and scaled logits are touched by that thread alone, so program order is all they need.
 //
 // Reuse of the logits' words: an adder stores those of step s + 1 after its block passed `sample` of step s, which waited for a word of
-// every block; each sends it after gather_logits, with consumer barriers in between. Of the sampling words: as of the plan's.
+// every block; each sends it after fetch_logits, with consumer barriers in between. Of the sampling words: as of the plan's.
 #pragma once
 #include "philox.cuh"
 #include "words.cuh"
@@ -106,7 +106,7 @@ DEV bool fetch_sampling(Block& b) {
   consumer_sync();
   constexpr int kPairs = kSamplingWords / 2;
   const int total = s.num_drawing * kPairs;
-  gather(
+  gather<2>(
       b, plan_epoch(b.step), divide_up(total, kConsumerThreads),
       [&](int i) {
         const int at = smaller(b.thread + i * kConsumerThreads, total - 1);
@@ -155,15 +155,14 @@ DEV float scale_logit(const Sampling& s, float logit, u32 count, u32 id, bool ma
   return s.temperature > 0.f ? logit / s.temperature : logit;
 }
 
-// Hands the raw logits of the block's quads of rows row_of(0) .. row_of(rows - 1) to use(i, row, quad, logits), rows in order; `quad`
-// is -1 where the thread has none, and every thread of a warp calls use as often.
-template <class RowOf, class Use>
-DEV void gather_logits(Block& b, int rows, RowOf row_of, Use use) {
+// Leaves the block's raw logits of rows row_of(0) .. row_of(rows - 1) where scaled_logits are. Each thread its own quads: what it reads
+// there afterwards it has written itself.
+template <class RowOf>
+DEV void fetch_logits(Block& b, int rows, RowOf row_of) {
   const int per = quads_per_consumer();
   auto quad_of = [&](int i) { return b.thread + i / 2 % per * kConsumerThreads; };
   auto exists = [&](int quad) { return quad < own_quads() && quad_token(b, quad) < shape().vocab_rows; };
-  float2 low = {0.f, 0.f};
-  gather(
+  gather<4>(
       b, layer_epoch(b.step, shape().num_layers), rows * per * 2,
       [&](int i) {
         const int quad = quad_of(i);  // threads without one read another's
@@ -172,13 +171,8 @@ DEV void gather_logits(Block& b, int rows, RowOf row_of, Use use) {
       },
       [&](int) { return b.params->rank; },
       [&](int i, u32 first, u32 second) {
-        const float2 v = {bits_float(first), bits_float(second)};
-        if (i % 2 == 0) {
-          low = v;
-          return;
-        }
-        const int quad = quad_of(i);
-        use(i / 2 % per, row_of(i / (2 * per)), exists(quad) ? quad : -1, make_float4(low.x, low.y, v.x, v.y));
+        float2* to = (float2*)(scaled_logits(b, row_of(i / (2 * per))) + quad_of(i)) + i % 2;
+        if (exists(quad_of(i))) *to = make_float2(bits_float(first), bits_float(second));
       });
 }
 

@@ -34,7 +34,7 @@ DEV u64* search_words(const Block& b, u32 to, u32 source, int row, int pivot) {
 DEV u32 search_epoch(const Block& b) { return b.shared->num_rounds + 1; }
 DEV u32 own_source(const Block& b) { return b.params->rank * shape().num_blocks + b.index; }
 DEV void publish_search(const Block& b, int row, int pivot, u32 first, u32 second) {
-  for (u32 r = 0; r < shape().world_size; r++)
+  ROLLED for (u32 r = 0; r < shape().world_size; r++)
     store_words(search_words(b, r, own_source(b), row, pivot), first, second, search_epoch(b));
 }
 
@@ -81,7 +81,7 @@ DEV void narrow(DrawRow& r) {
   if (s.stage == kTopP && !s.target) s.target = share_of(r.masses[0], p.top_p);
   int j = kSearchPivots - 1;
   const bool all = s.stage == kTopK && r.counts[0] <= p.top_k;
-  while (j && (all || (s.stage == kTopK ? r.counts[j] < p.top_k : r.masses[j] < s.target))) j--;
+  ROLLED while (j && (all || (s.stage == kTopK ? r.counts[j] < p.top_k : r.masses[j] < s.target))) j--;
   s.lo = r.pivots[j];
   if (j + 1 < kSearchPivots) s.hi = r.pivots[j + 1], s.above_hi = r.counts[j + 1];
   s.begun = 1;
@@ -110,7 +110,7 @@ DEV bool exchange_extremes(Block& b) {
   const Shared& s = *b.shared;
   auto fold = [&](const DrawRow& r, int which) {
     u32 all = 0;
-    for (int w = 0; w < kConsumerWarps; w++) all = larger(all, r.part_counts[w][which]);
+    ROLLED for (int w = 0; w < kConsumerWarps; w++) all = larger(all, r.part_counts[w][which]);
     return all;
   };
   ROLLED for (u32 d = b.thread; d < s.num_drawn; d += kConsumerThreads) {
@@ -121,7 +121,7 @@ DEV bool exchange_extremes(Block& b) {
   const int sources = shape().world_size * shape().num_blocks, per = divide_up(sources, kConsumerThreads);
   auto source_of = [&](int i) { return smaller(b.thread + i % per * kConsumerThreads, sources - 1); };
   u32 largest = 0, smallest = 0;
-  gather(
+  gather<2>(
       b, search_epoch(b), s.num_drawn * per,
       [&](int i) { return search_words(b, b.params->rank, source_of(i), s.drawn[i / per], 0); },
       [&](int i) { return source_of(i) / shape().num_blocks; },
@@ -173,8 +173,8 @@ DEV bool add_up(Block& b) {
   const int passes = divide_up(sources, kConsumerWarps * kAtOnce), per = passes * kKinds;
   auto pivot_of = [&](int i) { return (b.lane + i % kKinds * LANES) % kSearchPivots; };
   auto source_of = [&](int i) { return (i % per / kKinds * kConsumerWarps + b.warp) * kAtOnce + b.lane / kSearchPivots; };
-  u32 counts[kKinds];
-  u64 masses[kKinds];
+  u32 counts[kKinds] = {};
+  u64 masses[kKinds] = {};
   gather(
       b, search_epoch(b), s.num_searching * per,
       [&](int i) {
@@ -214,7 +214,7 @@ DEV bool search(Block& b) {
     ROLLED for (int i = b.thread; i < items; i += kConsumerThreads) {
       const DrawRow& r = draw_row(b, row_of(i));
       u64 sum = 0;
-      for (int w = 0; w < kConsumerWarps; w++) sum += r.part_masses[w][i % kSearchPivots];
+      ROLLED for (int w = 0; w < kConsumerWarps; w++) sum += r.part_masses[w][i % kSearchPivots];
       publish_search(b, row_of(i), i % kSearchPivots, (u32)sum, (u32)(sum >> 32));
     }
     consumer_sync();  // the parts are read: others take their place
@@ -224,7 +224,7 @@ DEV bool search(Block& b) {
       const int j = i % kSearchPivots;
       u32 count = 0;
       u64 mass = 0;
-      for (int w = 0; w < kConsumerWarps; w++) count += r.part_counts[w][j], mass += r.part_masses[w][j];
+      ROLLED for (int w = 0; w < kConsumerWarps; w++) count += r.part_counts[w][j], mass += r.part_masses[w][j];
       r.counts[j] = count;
       r.masses[j] = mass;
     }
