@@ -159,7 +159,7 @@ def test_an_exception_while_streaming_cancels(llm):
         ([[]], greedy(), "no tokens"),
         ([1] * 256, greedy(), "at most 255"),
         (PROMPT, greedy(stop_token_ids=[301]), "stop_token_ids has 301"),
-        (PROMPT, SamplingParams(min_tokens=1, stop_token_ids=range(16), max_tokens=2), "at most 16"),
+        (PROMPT, SamplingParams(min_tokens=1, stop_token_ids=range(1, 17), max_tokens=2), "at most 16"),
         (PROMPT, greedy(stop="x"), "no tokenizer"),
         ([PROMPT, PROMPT], [greedy()], "sampling_params"),
     ],
