@@ -43,10 +43,11 @@ struct Shared {
   int unit[kMaxStages];  // what the stage holds: a unit's index, or one of the marks below
   u32 plan[kMaxPlanWords];
   u32 num_rows, num_sampling, num_drawing, command;  // of the step; rows that are not plainly greedy are drawing
+  const RankParams* params;                          // for draw.cuh's calls, so that the greedy path need not hold the address
   u32 num_drawn, num_searching, num_rounds;          // sampling.cuh, search.cuh
   u32 drawing[kMaxRows], drawn[kMaxRows], searching[kMaxRows];
   Row rows[kMaxRows];
-  u32 tokens[2][kMaxRows];  // by step parity: what the step sampled
+  u32 tokens[2][kMaxRows];                       // by step parity: what the step sampled
   float norm_sums[2][kMaxRows][kConsumerWarps];  // sums of squares, see norm.cuh
   float row_scales[kAdderWarps][kMaxRows];       // each adder's own
   u64 best[kMaxRows][kConsumerWarps];

@@ -26,7 +26,8 @@ DEV bool prepare(Block& b, bool multiplies) {
     well = gather_activations(b, epoch, own_words(b, shape().off_attn), width, width);
   } else if (phase == Phase::kDownProj) {
     const int width = matrix_k(Phase::kDownProj) / 2;  // words of this block's part, two values each
-    well = gather_activations(b, epoch, own_words(b, shape().off_gate + slice_of(b) * width), shape().intermediate_size / 2, width);
+    well = gather_activations(b, epoch, own_words(b, shape().off_gate + slice_of(b) * width), shape().intermediate_size / 2,
+                              width);
   } else if (phase == Phase::kGateUp) {
     well = receive(b, o_exchange(), epoch, phase, true);
   } else if (b.waiter.layer > 0) {  // layer 0 starts from what `embed` left
@@ -37,12 +38,9 @@ DEV bool prepare(Block& b, bool multiplies) {
 }
 
 DEV void multiply(Block& b, Phase phase) {
-  if (phase == Phase::kDownProj && kDownK != kHiddenK)
-    multiply_units<kDownK>(b);
-  else if (phase == Phase::kOProj && kHeadsK != kHiddenK)
-    multiply_units<kHeadsK>(b);
-  else
-    multiply_units<kHiddenK>(b);
+  if (phase == Phase::kDownProj && kDownK != kHiddenK) multiply_units<kDownK>(b);
+  else if (phase == Phase::kOProj && kHeadsK != kHiddenK) multiply_units<kHeadsK>(b);
+  else multiply_units<kHiddenK>(b);
 }
 
 // One step; false when the block must leave.
@@ -154,6 +152,7 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams launch) {
   if (b.thread == 0) {
     b.shared->fault.set = 0;
     b.shared->num_rounds = 0;
+    b.shared->params = b.params;
     start_barriers(*b.shared);
   }
   block_sync();

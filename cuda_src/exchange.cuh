@@ -105,8 +105,8 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
   gather(
       b, epoch, divide_up(total, kConsumerThreads) * sources,
       [&](int i) {
-        return own_words(
-            b, x.part_offset + (i % sources * shape().max_rows + at(i) / owned) * part_width() + part_index(2 * (begin + at(i) % owned)));
+        return own_words(b, x.part_offset + (i % sources * shape().max_rows + at(i) / owned) * part_width() +
+                                part_index(2 * (begin + at(i) % owned)));
       },
       [&](int i) { return (u32)(i % sources) / x.slices; },
       [&](int i, u32 first, u32 second) {

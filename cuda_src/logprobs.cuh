@@ -140,15 +140,15 @@ DEV void merge_parts(Block& b, int row, u32 token) {
 }
 
 // All consumers, once the step's tokens are known; false when the block must leave.
-DEV_CALL bool find_logprobs(const RankParams* params, int index, u32 step) {
-  Block b = called_block(params, index, step);
+DEV_CALL bool find_logprobs(int index, u32 step) {
+  Block b = called_block(index, step);
   const Shared& s = *b.shared;
   ROLLED for (u32 d = 0; d < s.num_drawn; d++) {
     const int row = s.drawn[d];
     if (!draw_row(b, row).sampling.num_logprobs) continue;
     const u32 token = s.tokens[step & 1][row];
     publish_part(b, row, token);
-    if (params->rank == 0 && index == 0) merge_parts(b, row, token);
+    if (b.params->rank == 0 && index == 0) merge_parts(b, row, token);
   }
   return all_well(b);
 }

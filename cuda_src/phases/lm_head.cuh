@@ -64,7 +64,7 @@ DEV bool publish_best(Block& b) {
     mbar_wait(b.waiter, Wait::kPartial, false, Pending{&b.shared->candidates_ready, b.num_lm_heads++ & 1});
   }
   if (!all_well(b)) return false;
-  if (b.shared->num_drawing && !draw_rows(b.params, b.index, b.step)) return false;
+  if (b.shared->num_drawing && !draw_rows(b.index, b.step)) return false;
   for (int row = b.thread; row < rows; row += kConsumerThreads) {
     u64 best = 0;
     for (int i = 0; i < kAdderWarps * (kUnitRows / 2) && sampling; i++) {

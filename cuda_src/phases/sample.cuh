@@ -35,7 +35,7 @@ DEV bool sample(Block& b) {
     b.shared->tokens[b.step & 1][row] = candidate_id(k);
   }
   consumer_sync();
-  if (b.shared->num_drawing && !find_logprobs(b.params, b.index, b.step)) return false;
+  if (b.shared->num_drawing && !find_logprobs(b.index, b.step)) return false;
   if (b.thread == 0) mbar_arrive(&b.shared->step_end[b.step & 1]);  // only rank 0's block 0 has a mailbox that listens
   mark(b, Mark::kEnd);
   return true;

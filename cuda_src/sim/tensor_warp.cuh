@@ -47,7 +47,8 @@ struct Accum {
 DEV void accum_zero(Accum& acc) { acc.fresh = true; }
 
 // One row: all eight outputs in registers, each weight used once.
-DEV void multiply_row(f32x16 (*c)[kUnitRows], bool fresh, const char* w, size_t w_stride, const char* x, size_t x_stride, int count) {
+DEV void multiply_row(f32x16 (*c)[kUnitRows], bool fresh, const char* w, size_t w_stride, const char* x, size_t x_stride,
+                      int count) {
   f32x16 s[kUnitRows];
   for (int n = 0; n < kUnitRows; n++) s[n] = fresh ? f32x16{} : c[0][n];
   for (int j = 0; j < count; j++, w += w_stride, x += x_stride) {
