@@ -30,12 +30,19 @@ constexpr int kPartSlots = 4;
 constexpr int kMaxStopIds = 16;
 constexpr int kPlanHeaderWords = 2;
 constexpr int kPlanRowWords = 4;
+constexpr int kSamplingWords = 32;
+constexpr int kMaxLogprobs = 20;
+constexpr int kSearchPivots = 16;
+constexpr int kSearchRounds = 19;
+constexpr int kDrawRowBytes = 2048;
 constexpr int kSharedMailboxBytes = 3072;
 constexpr int kSharedHeaderBytes = 8192;
 constexpr int kDescriptorSlots = 64;
-constexpr int kRecordSlots = 1024;
+constexpr int kRecordSlots = 4096;
 constexpr unsigned int kTokenFromRow = 2147483648u;
 constexpr unsigned int kRowSamples = 2147483648u;
+constexpr unsigned int kRowDraws = 1073741824u;
+constexpr int kRowSlot = 255;
 constexpr unsigned int kPlanAligns = 2147483648u;
 constexpr unsigned int kPlanNewPages = 2147483648u;
 constexpr unsigned int kDescriptorMagic = 1229800792u;
@@ -79,6 +86,7 @@ enum class Record : unsigned int {
   kToken = 1,
   kRelease = 2,
   kAck = 3,
+  kLogprob = 4,
 };
 
 // Why a request ended (TokenRecord.finish); NONE while it goes on.
@@ -87,6 +95,14 @@ enum class Finish : unsigned int {
   kStop = 1,
   kLength = 2,
   kCancelled = 3,
+};
+
+// Which rows of a request are not plainly greedy (Descriptor.draw).
+enum class Draw : unsigned int {
+  kNone = 0,
+  kMasked = 1,
+  kSampled = 2,
+  kAll = 3,
 };
 
 // How partial sums cross ranks; docs/architecture.md has the picture of each.
@@ -135,6 +151,7 @@ struct Shape {
   unsigned int num_slots;
   unsigned int renew_steps;
   unsigned int off_plan;
+  unsigned int off_sampling;
   unsigned int off_qkv;
   unsigned int off_split;
   unsigned int off_attn;
@@ -144,6 +161,9 @@ struct Shape {
   unsigned int off_down_part;
   unsigned int off_down_sum;
   unsigned int off_best;
+  unsigned int off_logits;
+  unsigned int off_search;
+  unsigned int off_logprob;
   unsigned int off_align;
   unsigned int off_renew;
   unsigned int off_page_table;
@@ -161,7 +181,7 @@ struct Shape {
   unsigned int trace;
   unsigned int trace_every;
 };
-static_assert(sizeof(Shape) == 204);
+static_assert(sizeof(Shape) == 220);
 IMEX_OFFSET(Shape, hidden_size, 0);
 IMEX_OFFSET(Shape, num_layers, 4);
 IMEX_OFFSET(Shape, num_heads, 8);
@@ -188,31 +208,35 @@ IMEX_OFFSET(Shape, pages_per_slot, 88);
 IMEX_OFFSET(Shape, num_slots, 92);
 IMEX_OFFSET(Shape, renew_steps, 96);
 IMEX_OFFSET(Shape, off_plan, 100);
-IMEX_OFFSET(Shape, off_qkv, 104);
-IMEX_OFFSET(Shape, off_split, 108);
-IMEX_OFFSET(Shape, off_attn, 112);
-IMEX_OFFSET(Shape, off_o_part, 116);
-IMEX_OFFSET(Shape, off_o_sum, 120);
-IMEX_OFFSET(Shape, off_gate, 124);
-IMEX_OFFSET(Shape, off_down_part, 128);
-IMEX_OFFSET(Shape, off_down_sum, 132);
-IMEX_OFFSET(Shape, off_best, 136);
-IMEX_OFFSET(Shape, off_align, 140);
-IMEX_OFFSET(Shape, off_renew, 144);
-IMEX_OFFSET(Shape, off_page_table, 148);
-IMEX_OFFSET(Shape, off_abort, 152);
-IMEX_OFFSET(Shape, symmetric_words, 156);
-IMEX_OFFSET(Shape, smem_x, 160);
-IMEX_OFFSET(Shape, smem_part, 164);
-IMEX_OFFSET(Shape, smem_residual, 168);
-IMEX_OFFSET(Shape, smem_rope, 172);
-IMEX_OFFSET(Shape, smem_ring, 176);
-IMEX_OFFSET(Shape, smem_bytes, 180);
-IMEX_OFFSET(Shape, tap, 184);
-IMEX_OFFSET(Shape, only_phase, 188);
-IMEX_OFFSET(Shape, only_layer, 192);
-IMEX_OFFSET(Shape, trace, 196);
-IMEX_OFFSET(Shape, trace_every, 200);
+IMEX_OFFSET(Shape, off_sampling, 104);
+IMEX_OFFSET(Shape, off_qkv, 108);
+IMEX_OFFSET(Shape, off_split, 112);
+IMEX_OFFSET(Shape, off_attn, 116);
+IMEX_OFFSET(Shape, off_o_part, 120);
+IMEX_OFFSET(Shape, off_o_sum, 124);
+IMEX_OFFSET(Shape, off_gate, 128);
+IMEX_OFFSET(Shape, off_down_part, 132);
+IMEX_OFFSET(Shape, off_down_sum, 136);
+IMEX_OFFSET(Shape, off_best, 140);
+IMEX_OFFSET(Shape, off_logits, 144);
+IMEX_OFFSET(Shape, off_search, 148);
+IMEX_OFFSET(Shape, off_logprob, 152);
+IMEX_OFFSET(Shape, off_align, 156);
+IMEX_OFFSET(Shape, off_renew, 160);
+IMEX_OFFSET(Shape, off_page_table, 164);
+IMEX_OFFSET(Shape, off_abort, 168);
+IMEX_OFFSET(Shape, symmetric_words, 172);
+IMEX_OFFSET(Shape, smem_x, 176);
+IMEX_OFFSET(Shape, smem_part, 180);
+IMEX_OFFSET(Shape, smem_residual, 184);
+IMEX_OFFSET(Shape, smem_rope, 188);
+IMEX_OFFSET(Shape, smem_ring, 192);
+IMEX_OFFSET(Shape, smem_bytes, 196);
+IMEX_OFFSET(Shape, tap, 200);
+IMEX_OFFSET(Shape, only_phase, 204);
+IMEX_OFFSET(Shape, only_layer, 208);
+IMEX_OFFSET(Shape, trace, 212);
+IMEX_OFFSET(Shape, trace_every, 216);
 
 struct RankParams {
   unsigned long long qkv;
@@ -226,6 +250,9 @@ struct RankParams {
   unsigned long long kv;
   unsigned long long claims;
   unsigned long long peers[8];
+  unsigned long long counts;
+  unsigned long long scaled;
+  unsigned long long logprobs;
   unsigned long long mailbox;
   unsigned long long fault;
   unsigned long long tap;
@@ -233,7 +260,7 @@ struct RankParams {
   unsigned int rank;
   unsigned int deadline_us;
 };
-static_assert(sizeof(RankParams) == 184);
+static_assert(sizeof(RankParams) == 208);
 IMEX_OFFSET(RankParams, qkv, 0);
 IMEX_OFFSET(RankParams, o_proj, 8);
 IMEX_OFFSET(RankParams, gate_up, 16);
@@ -245,21 +272,24 @@ IMEX_OFFSET(RankParams, rope, 56);
 IMEX_OFFSET(RankParams, kv, 64);
 IMEX_OFFSET(RankParams, claims, 72);
 IMEX_OFFSET(RankParams, peers, 80);
-IMEX_OFFSET(RankParams, mailbox, 144);
-IMEX_OFFSET(RankParams, fault, 152);
-IMEX_OFFSET(RankParams, tap, 160);
-IMEX_OFFSET(RankParams, trace, 168);
-IMEX_OFFSET(RankParams, rank, 176);
-IMEX_OFFSET(RankParams, deadline_us, 180);
+IMEX_OFFSET(RankParams, counts, 144);
+IMEX_OFFSET(RankParams, scaled, 152);
+IMEX_OFFSET(RankParams, logprobs, 160);
+IMEX_OFFSET(RankParams, mailbox, 168);
+IMEX_OFFSET(RankParams, fault, 176);
+IMEX_OFFSET(RankParams, tap, 184);
+IMEX_OFFSET(RankParams, trace, 192);
+IMEX_OFFSET(RankParams, rank, 200);
+IMEX_OFFSET(RankParams, deadline_us, 204);
 
 struct LaunchParams {
   RankParams ranks[8];
   unsigned int num_ranks;
   unsigned int _pad;
 };
-static_assert(sizeof(LaunchParams) == 1480);
+static_assert(sizeof(LaunchParams) == 1672);
 IMEX_OFFSET(LaunchParams, ranks, 0);
-IMEX_OFFSET(LaunchParams, num_ranks, 1472);
+IMEX_OFFSET(LaunchParams, num_ranks, 1664);
 
 struct Descriptor {
   unsigned int sequence;
@@ -273,7 +303,9 @@ struct Descriptor {
   unsigned int max_tokens;
   unsigned int min_tokens;
   unsigned int cached_len;
-  unsigned int _reserved[4];
+  unsigned int draw;
+  unsigned int num_logprobs;
+  unsigned int _reserved[2];
   unsigned int check;
 };
 static_assert(sizeof(Descriptor) == 64);
@@ -288,7 +320,42 @@ IMEX_OFFSET(Descriptor, num_stop, 28);
 IMEX_OFFSET(Descriptor, max_tokens, 32);
 IMEX_OFFSET(Descriptor, min_tokens, 36);
 IMEX_OFFSET(Descriptor, cached_len, 40);
+IMEX_OFFSET(Descriptor, draw, 44);
+IMEX_OFFSET(Descriptor, num_logprobs, 48);
 IMEX_OFFSET(Descriptor, check, 60);
+
+struct Sampling {
+  unsigned int seed[2];
+  float temperature;
+  unsigned int min_p;
+  float log_min_p;
+  unsigned int top_k;
+  unsigned int top_p;
+  float repetition_penalty;
+  float presence_penalty;
+  float frequency_penalty;
+  unsigned int prompt_len;
+  unsigned int min_tokens;
+  unsigned int num_masked;
+  unsigned int num_logprobs;
+  unsigned int masked[16];
+  unsigned int _pad[2];
+};
+static_assert(sizeof(Sampling) == 128);
+IMEX_OFFSET(Sampling, seed, 0);
+IMEX_OFFSET(Sampling, temperature, 8);
+IMEX_OFFSET(Sampling, min_p, 12);
+IMEX_OFFSET(Sampling, log_min_p, 16);
+IMEX_OFFSET(Sampling, top_k, 20);
+IMEX_OFFSET(Sampling, top_p, 24);
+IMEX_OFFSET(Sampling, repetition_penalty, 28);
+IMEX_OFFSET(Sampling, presence_penalty, 32);
+IMEX_OFFSET(Sampling, frequency_penalty, 36);
+IMEX_OFFSET(Sampling, prompt_len, 40);
+IMEX_OFFSET(Sampling, min_tokens, 44);
+IMEX_OFFSET(Sampling, num_masked, 48);
+IMEX_OFFSET(Sampling, num_logprobs, 52);
+IMEX_OFFSET(Sampling, masked, 56);
 
 struct TokenRecord {
   unsigned int sequence;
@@ -364,9 +431,9 @@ IMEX_OFFSET(MailboxHeader, steps, 68);
 struct Mailbox {
   MailboxHeader header;
   Descriptor descriptors[64];
-  TokenRecord records[1024];
+  TokenRecord records[4096];
 };
-static_assert(sizeof(Mailbox) == 36992);
+static_assert(sizeof(Mailbox) == 135296);
 IMEX_OFFSET(Mailbox, header, 0);
 IMEX_OFFSET(Mailbox, descriptors, 128);
 IMEX_OFFSET(Mailbox, records, 4224);

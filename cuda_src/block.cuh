@@ -14,6 +14,7 @@ struct Row {
   u32 slot;
   u32 page;       // KV page of this position
   u32 first_row;  // the first row of the same slot in this step; rows of a slot are neighbours, positions ascending
+  u32 flags;      // kRowSamples, kRowDraws
 };
 
 // What a part slot holds, for the warp that adds it.
@@ -41,7 +42,10 @@ struct Shared {
   FaultNote fault;       // the first wait of this block that lasted too long
   int unit[kMaxStages];  // what the stage holds: a unit's index, or one of the marks below
   u32 plan[kMaxPlanWords];
-  u32 num_rows, num_sampling, command;
+  u32 num_rows, num_sampling, num_drawing, command;  // of the step; rows that are not plainly greedy are drawing
+  const RankParams* params;                          // for draw.cuh's calls, so that the greedy path need not hold the address
+  u32 num_drawn, num_searching, num_rounds;          // sampling.cuh, search.cuh
+  u32 drawing[kMaxRows], drawn[kMaxRows], searching[kMaxRows];
   Row rows[kMaxRows];
   u32 tokens[2][kMaxRows];                       // by step parity: what the step sampled
   float norm_sums[2][kMaxRows][kConsumerWarps];  // sums of squares, see norm.cuh

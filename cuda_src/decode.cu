@@ -152,6 +152,8 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams launch) {
   b.waiter = {b.params, 0, Phase::kEmbed, false};
   if (b.thread == 0) {
     b.shared->fault.set = 0;
+    b.shared->num_rounds = 0;
+    b.shared->params = b.params;
     start_barriers(*b.shared);
   }
   block_sync();

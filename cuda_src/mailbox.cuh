@@ -8,7 +8,9 @@
 #pragma once
 #include "faults.cuh"
 #include "kv.cuh"
+#include "logprobs.cuh"
 #include "plan.cuh"
+#include "search.cuh"
 
 namespace imex {
 
@@ -21,12 +23,14 @@ struct SlotState {
   u32 last_step, last_row;  // the last planned step with a row of this slot, and that row (its last)
   u32 last_token;           // sampled by it, once that step is done
   u32 finish;
-  u32 ticket;  // admission order
+  u32 ticket;                  // admission order
+  u32 draw;                    // which rows are not plainly greedy
+  u32 sampling, num_logprobs;  // offset of struct Sampling in the arena; LOGPROB records before each token
   u32 stop[kMaxStopIds];
 };
 
 struct PlannedRow {
-  u32 slot, position, samples, from_row;  // from_row: token source, or kArenaToken / kKnownToken
+  u32 slot, position, samples, draws, from_row;  // from_row: token source, or kArenaToken / kKnownToken
 };
 constexpr u32 kArenaToken = ~0u;
 constexpr u32 kKnownToken = ~1u;
@@ -36,12 +40,14 @@ struct MailboxState {
   SlotState slots[kMaxSlots];
   PlannedRow planned[2][kMaxRows];  // by step parity
   u32 num_planned[2];
-  u32 num_sampling;
+  u32 num_sampling, num_drawing;
 };
 static_assert(sizeof(MailboxState) <= kSharedMailboxBytes, "raise SHARED_MAILBOX_BYTES in abi.py");
 
-constexpr u32 kRecordMargin = 4 * kMaxRows + 2 * kMaxSlots;  // records that steps already published may still write
-constexpr u64 kHostSilenceNs = 30000000000ull;               // a host whose heartbeat stops for so long is gone
+// Records that steps already published may still write; a token may have its own and kMaxLogprobs other log-probabilities.
+constexpr u32 kRecordMargin = 4 * kMaxRows * (2 + kMaxLogprobs) + 2 * kMaxSlots;
+static_assert(2 * kRecordMargin <= kRecordSlots, "raise RECORD_SLOTS in abi.py");
+constexpr u64 kHostSilenceNs = 30000000000ull;  // a host whose heartbeat stops for so long is gone
 
 struct MailboxWarp {
   const RankParams* params;
@@ -56,7 +62,7 @@ struct MailboxWarp {
   u32 tickets;
   u32 heartbeat;  // the host's, and when it last changed
   u64 heard_ns;
-  u32 next_align;  // trace.cuh
+  u32 next_align;          // trace.cuh
   u32 turn = 0;            // the slot that is dealt a row first (choose_rows)
   bool new_pages = false;  // a page table was written since the last plan
 };
@@ -103,6 +109,9 @@ DEV void admit(MailboxWarp& m, const Descriptor& d) {
   slot.last_step = ~0u;
   slot.finish = (u32)Finish::kNone;
   slot.ticket = m.tickets++;
+  slot.draw = d.draw;
+  slot.sampling = d.arena + d.prompt_len + d.num_pages + d.num_stop;
+  slot.num_logprobs = smaller(d.num_logprobs, 1 + kMaxLogprobs);
   fence_sys();  // the descriptor was seen: now what the host wrote before it is, too
   ROLLED for (u32 i = 0; i < slot.num_stop; i++) slot.stop[i] = load_relaxed_sys(arena_of(m) + d.arena + d.prompt_len + d.num_pages + i);
   slot.active = 1;
@@ -162,6 +171,11 @@ DEV Command poll_descriptor(MailboxWarp& m) {
 }
 
 // ---------------------------------------------------------------------------------------------- steps
+// Whether a row is not plainly greedy: then its struct Sampling travels beside the plan (sampling.cuh).
+DEV bool draws(const SlotState& slot, u32 position) {
+  if (slot.draw == (u32)Draw::kAll || position + 1 < slot.prompt_len) return slot.draw == (u32)Draw::kAll;
+  return slot.draw == (u32)Draw::kSampled || (slot.draw == (u32)Draw::kMasked && position + 1 - slot.prompt_len < slot.min_tokens);
+}
 // The slot of the prompt that has waited longest, of those with this ticket or a later one; ~0u: there is none.
 DEV u32 oldest_prompt(const MailboxState& s, u32 ticket) {
   u32 best = ~0u;
@@ -186,17 +200,19 @@ DEV u32 choose_rows(MailboxWarp& m) {
   const u32 step = m.published, prompt = oldest_prompt(s, 0), first = m.turn;
   PlannedRow* rows = s.planned[step & 1];
   u32 count = 0, dealt = 0;  // rows of `planned`; with the prompt's, which come last to be neighbours
-  s.num_sampling = 0;
+  s.num_sampling = s.num_drawing = 0;
   auto add = [&](SlotState& slot, u32 index, u32 source) {
     PlannedRow& row = rows[count];
     row.slot = index;
     row.position = slot.next_position++;
     row.samples = row.position + 1 >= slot.prompt_len;
+    row.draws = draws(slot, row.position);
     row.from_row = source;
     slot.last_step = step;
     slot.last_row = count++;
     slot.num_planned += row.samples;
     s.num_sampling += row.samples;
+    s.num_drawing += row.draws;
   };
   m.turn = 0;
   ROLLED for (u32 i = 0; i < shape().num_slots; i++) {
@@ -227,7 +243,7 @@ DEV void publish_plan(MailboxWarp& m, u32 rows, Command command) {
       const PlannedRow& row = m.state->planned[step & 1][r];
       const SlotState& slot = m.state->slots[row.slot];
       position = row.position;
-      where = row.slot | (row.samples ? kRowSamples : 0);
+      where = row.slot | (row.samples ? kRowSamples : 0) | (row.draws ? kRowDraws : 0);
       const u32* arena = arena_of(m) + slot.arena;
       page = load_relaxed_sys(arena + slot.prompt_len + position / shape().page_size);
       token = row.from_row == kArenaToken ? load_relaxed_sys(arena + position)
@@ -240,11 +256,21 @@ DEV void publish_plan(MailboxWarp& m, u32 rows, Command command) {
       store_words(to + 2, where, page, epoch);
     }
   }
+  constexpr u32 kPairs = kSamplingWords / 2;
+  ROLLED for (u32 i = m.lane; i < rows * kPairs && m.state->num_drawing; i += LANES) {
+    const PlannedRow& row = m.state->planned[step & 1][i / kPairs];
+    if (!row.draws) continue;
+    const u32* from = arena_of(m) + m.state->slots[row.slot].sampling + i % kPairs * 2;
+    const u32 first = load_relaxed_sys(from), second = load_relaxed_sys(from + 1);
+    ROLLED for (u32 rank = 0; rank < shape().world_size; rank++)
+      store_words((u64*)m.params->peers[rank] + sampling_offset(step) + 2 * i, first, second, epoch);
+  }
   if (m.lane == 0) {
     const u32 aligns = rows && plan_aligns(step, m.published == m.done, m.next_align) ? kPlanAligns : 0;
+    const u32 kinds = rows ? m.state->num_sampling | m.state->num_drawing << 16 | aligns : 0;
     ROLLED for (u32 rank = 0; rank < shape().world_size; rank++)
-      store_words((u64*)m.params->peers[rank] + plan_offset(step), rows | (u32)command << 16 | (m.new_pages ? kPlanNewPages : 0),
-                  m.state->num_sampling | aligns, epoch);
+      store_words((u64*)m.params->peers[rank] + plan_offset(step), rows | (u32)command << 16 | (m.new_pages ? kPlanNewPages : 0), kinds,
+                  epoch);
   }
   m.new_pages = false;
   m.published++;
@@ -258,6 +284,9 @@ DEV void finish_step(MailboxWarp& m) {
     SlotState& slot = s.slots[row.slot];
     if (!row.samples || slot.active != 1) continue;
     const u32 token = m.shared->tokens[parity][r];
+    const u32* of_row = (const u32*)m.params->logprobs + (parity * shape().max_rows + r) * kLogprobRowWords;
+    ROLLED for (u32 i = 0; i < slot.num_logprobs; i++, of_row += kLogprobWords)  // written before step_end by this block
+      write_record(m, Record::kLogprob, slot.request, load_global(of_row), load_global(of_row + 2), (Finish)load_global(of_row + 1));
     slot.last_token = token;
     u32 finish = (u32)Finish::kNone;
     if (slot.num_emitted >= slot.min_tokens)

@@ -28,7 +28,8 @@ DEV bool begin_step(Block& b) {
   if (b.thread == 0) {
     s.num_rows = s.plan[0] & 0xffff;
     s.command = (s.plan[0] & ~kPlanNewPages) >> 16;
-    s.num_sampling = shape().trace ? s.plan[1] & ~kPlanAligns : s.plan[1];
+    s.num_sampling = s.plan[1] & 0xffff;
+    s.num_drawing = (s.plan[1] & ~kPlanAligns) >> 16;
   }
   const int rows = s.plan[0] & 0xffff;
   ROLLED for (int r = b.thread; r < rows; r += kConsumerThreads) {
@@ -36,10 +37,11 @@ DEV bool begin_step(Block& b) {
     Row& row = s.rows[r];
     row.token = words[0] & kTokenFromRow ? s.tokens[(b.step & 1) ^ 1][words[0] & 0xff] : words[0];
     row.position = words[1];
-    row.slot = words[2] & ~kRowSamples;
+    row.slot = words[2] & kRowSlot;
+    row.flags = words[2];
     row.page = words[3];
     int first = r;
-    while (first > 0 && (words[2 - kPlanRowWords * (r - first + 1)] & ~kRowSamples) == row.slot) first--;
+    while (first > 0 && (words[2 - kPlanRowWords * (r - first + 1)] & kRowSlot) == row.slot) first--;
     row.first_row = first;
   }
   const int turns = shape().head_dim / 2;

@@ -4,7 +4,7 @@
 // Between two steps all blocks of all ranks meet, zero their share of their own rank's memory, and meet again. Why this is enough:
 //   - a block comes to the first meeting when it has passed `sample` and its barrier: it has read all it will ever read of the step, and
 //     whatever it sent has been read by somebody who is at the meeting too, or is on the way there. So nobody stores or awaits a word
-//     of the zeroed buffers while they are zeroed. Plans are not zeroed: the mailbox is ahead, and their epochs may wrap (block.cuh);
+//     of the zeroed buffers while they are zeroed. Plans, and what travels beside them, are not zeroed: the mailbox is ahead, and steps end before their epochs wrap (mailbox.cuh);
 //   - a block stores words of the next step after the second meeting, and they must not be overtaken by another's zeros. Words order
 //     nothing but themselves, so: zeros, consumer barrier, fence.acq_rel.sys, the word; the word, fence.acq_rel.sys, barrier, the store;
 //   - the two meetings have words of their own: who is late at the first must still find what others have overwritten at the second.
@@ -43,6 +43,7 @@ DEV_CALL bool renew_words(const RankParams* params, u32 index, u32 thread, u32 s
 }
 DEV bool renew(Block& b) {
   b.waiter.failed = renew_words(b.params, b.index, b.thread, b.step);
+  if (b.thread == 0) b.shared->num_rounds = 0;  // search.cuh; next looked at behind barriers of the step to come
   return !b.waiter.failed;
 }
 

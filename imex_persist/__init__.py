@@ -12,6 +12,7 @@ __all__ = [
     "DeviceError",
     "FaultError",
     "ImexError",
+    "Logprob",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
@@ -24,6 +25,7 @@ _HOME = {
     "RequestOutputKind": "imex_persist.sampling_params",
     "SamplingParams": "imex_persist.sampling_params",
     "CompletionOutput": "imex_persist.outputs",
+    "Logprob": "imex_persist.outputs",
     "RequestOutput": "imex_persist.outputs",
     "DeviceError": "imex_persist.errors",
     "FaultError": "imex_persist.errors",
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from imex_persist.async_llm import AsyncLLM
     from imex_persist.errors import DeviceError, FaultError, ImexError
     from imex_persist.llm import LLM
-    from imex_persist.outputs import CompletionOutput, RequestOutput
+    from imex_persist.outputs import CompletionOutput, Logprob, RequestOutput
     from imex_persist.sampling_params import RequestOutputKind, SamplingParams
 
 

@@ -34,12 +34,21 @@ PART_SLOTS = 4  # units whose partial sums may be in flight between consumers an
 MAX_STOP_IDS = 16  # token ids that end a request, EOS among them
 PLAN_HEADER_WORDS = 2
 PLAN_ROW_WORDS = 4
+SAMPLING_WORDS = 32  # of a row's struct Sampling, which follows the stop token ids in the arena and travels beside the plan
+MAX_LOGPROBS = 20
+SEARCH_PIVOTS = 16  # keys at which one round of the threshold search counts
+SEARCH_ROUNDS = 19  # exchanges of a search at most
+DRAW_ROW_BYTES = 2048  # of shared memory, in place of the activations, that a row takes while it is drawn
 SHARED_MAILBOX_BYTES = 3072  # of it, what the mailbox keeps about its slots
 SHARED_HEADER_BYTES = 8192  # barriers, plan and small arrays at the start of shared memory (struct Shared)
 DESCRIPTOR_SLOTS = 64  # entries of the descriptor ring
-RECORD_SLOTS = 1024  # entries of the record ring
+RECORD_SLOTS = 4096  # entries of the record ring
 TOKEN_FROM_ROW = 0x80000000  # plan: the token is what row (value & 0xff) of the previous step sampled
 ROW_SAMPLES = 0x80000000  # plan: this row's logits are sampled (set in the slot word)
+ROW_DRAWS = (
+    0x40000000  # plan: this row is not plainly greedy, its struct Sampling travels beside the plan (set in the slot word)
+)
+ROW_SLOT = 0xFF  # plan: the slot in the slot word
 PLAN_ALIGNS = 0x80000000  # plan: clocks are aligned before this step (set in the header's second word; trace.cuh)
 PLAN_NEW_PAGES = 0x80000000  # plan: a page table was written since the step before (set in the header's first word)
 DESCRIPTOR_MAGIC = 0x494D4558  # "IMEX": where a descriptor's check word begins
@@ -88,6 +97,7 @@ class Record(enum.IntEnum):
     TOKEN = 1  # a generated token
     RELEASE = 2  # no step touches the request's slot and pages any more
     ACK = 3  # a command was taken; `token` is the descriptor's sequence number
+    LOGPROB = 4  # before a TOKEN: one of its log-probabilities, `token` its id, `index` its rank, `finish` the float32's bits
 
 
 class Finish(enum.IntEnum):
@@ -97,6 +107,15 @@ class Finish(enum.IntEnum):
     STOP = 1
     LENGTH = 2
     CANCELLED = 3
+
+
+class Draw(enum.IntEnum):
+    """Which rows of a request are not plainly greedy (Descriptor.draw)."""
+
+    NONE = 0
+    MASKED = 1  # those that sample while fewer than min_tokens are out
+    SAMPLED = 2  # all that sample
+    ALL = 3  # all: prompt tokens are marked for the repetition penalty
 
 
 class Strategy(enum.IntEnum):
@@ -158,6 +177,7 @@ Shape = _struct(
     ("renew_steps", "u4"),  # epochs begin again after so many steps, a power of two
     # symmetric memory, offsets in words of 8 bytes
     ("off_plan", "u4"),
+    ("off_sampling", "u4"),
     ("off_qkv", "u4"),
     ("off_split", "u4"),
     ("off_attn", "u4"),
@@ -167,6 +187,9 @@ Shape = _struct(
     ("off_down_part", "u4"),
     ("off_down_sum", "u4"),
     ("off_best", "u4"),
+    ("off_logits", "u4"),
+    ("off_search", "u4"),
+    ("off_logprob", "u4"),
     ("off_align", "u4"),  # nothing unless `trace` is set
     ("off_renew", "u4"),
     ("off_page_table", "u4"),  # not words: u32 [num_slots, pages_per_slot]
@@ -200,6 +223,9 @@ RankParams = _struct(
     ("kv", "u8"),  # bf16 [num_layers, num_pages, num_kv_heads, page bytes / 2]
     ("claims", "u8"),  # u32 [2, num_layers * (3 + down_slices) + 1], zeroed before launch
     ("peers", "u8", MAX_RANKS),  # symmetric memory of each rank as this rank maps it, [rank] its own
+    ("counts", "u8"),  # u32 [num_blocks, num_slots, own tokens], zeroed; cuda_src/draw.cuh
+    ("scaled", "u8"),  # float [num_blocks, max_rows, own tokens], where shared memory is too small for them
+    ("logprobs", "u8"),  # u32 [2, max_rows, 1 + MAX_LOGPROBS, 4], of rank 0's block 0 for its mailbox
     ("mailbox", "u8"),  # struct Mailbox, mapped host memory; rank 0 only
     ("fault", "u8"),  # struct FaultRecord, mapped host memory
     ("tap", "u8"),  # float, see cuda_src/tap.cuh; 0 unless Shape.tap
@@ -219,15 +245,35 @@ Descriptor = _struct(  # one 64-byte line, host -> device
     ("command", "u4"),
     ("request", "u4"),
     ("slot", "u4"),
-    ("arena", "u4"),  # offset in u32 into Mailbox's arena: prompt ids, then page ids, then stop token ids
+    ("arena", "u4"),  # offset in u32 into Mailbox's arena: prompt ids, page ids, stop token ids, then struct Sampling
     ("prompt_len", "u4"),
     ("num_pages", "u4"),
     ("num_stop", "u4"),
     ("max_tokens", "u4"),
     ("min_tokens", "u4"),
     ("cached_len", "u4"),  # positions whose keys and values are in the pages already: whole pages, less than the prompt
-    ("_reserved", "u4", 4),
+    ("draw", "u4"),  # Draw
+    ("num_logprobs", "u4"),  # LOGPROB records before each token, the token's own among them; 0: none
+    ("_reserved", "u4", 2),
     ("check", "u4"),  # descriptor_check of the other fifteen words
+)
+
+Sampling = _struct(  # how a request's tokens are drawn (imex_persist/runtime/sampling.py); SAMPLING_WORDS long
+    ("seed", "u4", 2),  # low and high word: the key of Philox
+    ("temperature", "f4"),  # 0: the largest logit
+    ("min_p", "u4"),  # 0: off
+    ("log_min_p", "f4"),
+    ("top_k", "u4"),  # 0: off
+    ("top_p", "u4"),  # in units of 2^-32; 0: off
+    ("repetition_penalty", "f4"),
+    ("presence_penalty", "f4"),
+    ("frequency_penalty", "f4"),
+    ("prompt_len", "u4"),
+    ("min_tokens", "u4"),
+    ("num_masked", "u4"),
+    ("num_logprobs", "u4"),
+    ("masked", "u4", MAX_STOP_IDS),  # never drawn while fewer than min_tokens are out
+    ("_pad", "u4", 2),
 )
 
 TokenRecord = _struct(  # device -> host; `sequence` is stored last, with release
@@ -293,18 +339,20 @@ STRUCTS = {
     "RankParams": RankParams,
     "LaunchParams": LaunchParams,
     "Descriptor": Descriptor,
+    "Sampling": Sampling,
     "TokenRecord": TokenRecord,
     "TraceEvent": TraceEvent,
     "FaultRecord": FaultRecord,
     "MailboxHeader": MailboxHeader,
     "Mailbox": Mailbox,
 }
-ENUMS = (Phase, Wait, Command, Record, Finish, Strategy, Mark)
+ENUMS = (Phase, Wait, Command, Record, Finish, Draw, Strategy, Mark)
 CONSTANTS = (
     "MAX_RANKS MAX_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS "
     "ADDER_WARPS TRACE_WRITERS ALIGN_ROUNDS ALIGN_EVERY ALIGN_SLOTS NUM_WARPS PART_SLOTS MAX_STOP_IDS "
-    "PLAN_HEADER_WORDS PLAN_ROW_WORDS SHARED_MAILBOX_BYTES SHARED_HEADER_BYTES DESCRIPTOR_SLOTS RECORD_SLOTS TOKEN_FROM_ROW ROW_SAMPLES "
-    "PLAN_ALIGNS PLAN_NEW_PAGES DESCRIPTOR_MAGIC DESCRIPTOR_FACTOR"
+    "PLAN_HEADER_WORDS PLAN_ROW_WORDS SAMPLING_WORDS MAX_LOGPROBS SEARCH_PIVOTS SEARCH_ROUNDS DRAW_ROW_BYTES SHARED_MAILBOX_BYTES "
+    "SHARED_HEADER_BYTES DESCRIPTOR_SLOTS RECORD_SLOTS TOKEN_FROM_ROW ROW_SAMPLES ROW_DRAWS ROW_SLOT PLAN_ALIGNS PLAN_NEW_PAGES "
+    "DESCRIPTOR_MAGIC DESCRIPTOR_FACTOR"
 ).split()
 _C_TYPES = {"u4": "unsigned int", "u8": "unsigned long long", "f4": "float"}
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import imex_persist
 from imex_persist.errors import DeviceError, ImexError
@@ -16,6 +17,9 @@ from imex_persist.errors import DeviceError, ImexError
 EXIT_DONE, EXIT_FAULT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 DEMO_QUESTION = "What is the capital of France?"
 DEMO_TOKENS = 64
+SAMPLING_OPTIONS = (  # of generate, by SamplingParams' names
+    "temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty logprobs max_tokens min_tokens ignore_eos stop"
+).split()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,6 +121,14 @@ def _add_generate(commands) -> None:
     add("--min-tokens", type=int, default=0, metavar="N")
     add("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
     add("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable tokens; 0 (the default): all")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the most probable tokens that make up P together")
+    add("--min-p", type=float, default=0.0, metavar="P", help="draw from tokens at least P times as probable as the first")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: less of what prompt and answer have")
+    add("--presence-penalty", type=float, default=0.0, metavar="X", help="above 0: less of what the answer has")
+    add("--frequency-penalty", type=float, default=0.0, metavar="X", help="above 0: less of what the answer has often")
+    add("--logprobs", type=int, metavar="N", help="with --json: log-probabilities of the N most probable tokens, at most 20")
+    add("--stop-token-ids", metavar="IDS", help="end at one of these token ids, comma-separated")
     add("--stop", action="append", metavar="TEXT", help="end at this text; may be given several times")
     add("--json", action="store_true", help="print one JSON object for each prompt instead of streaming text")
     _add_engine_options(command)
@@ -126,13 +138,12 @@ def _generate(args: argparse.Namespace) -> int:
     from imex_persist.front.settings import require_model
 
     _import_engine()
-    params = imex_persist.SamplingParams(
-        temperature=args.temperature,
-        max_tokens=args.max_tokens,
-        min_tokens=args.min_tokens,
-        ignore_eos=args.ignore_eos,
-        stop=args.stop,
-    )
+    if args.logprobs is not None and not args.json:
+        raise ValueError("--logprobs has no place beside streamed text: add --json")
+    given = {name: getattr(args, name) for name in SAMPLING_OPTIONS}
+    stop_token_ids = None if args.stop_token_ids is None else _ids(args.stop_token_ids, "--stop-token-ids")
+    seed = None if args.sources["seed"] == "default" else args.seed
+    params = imex_persist.SamplingParams(**given, stop_token_ids=stop_token_ids, seed=seed)
     prompts = _prompts(args)
     with _engine(args, require_model(args)) as llm:
         if args.json:
@@ -153,14 +164,14 @@ def _prompts(args: argparse.Namespace) -> list:
         raise ValueError("--chat needs text: use --prompt, or leave --chat out")
     if args.chat:
         return [[{"role": "user", "content": text}] for text in args.prompt]
-    return [*(args.prompt or []), *(_ids(text) for text in args.prompt_token_ids or [])]
+    return [*(args.prompt or []), *(_ids(text, "--prompt-token-ids") for text in args.prompt_token_ids or [])]
 
 
-def _ids(text: str) -> list[int]:
+def _ids(text: str, option: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--prompt-token-ids is {text!r}: comma-separated integers such as 1,2,3 are allowed") from None
+        raise ValueError(f"{option} is {text!r}: comma-separated integers such as 1,2,3 are allowed") from None
 
 
 def _print_stream(stream, *, text: bool) -> None:
@@ -174,7 +185,6 @@ def _print_stream(stream, *, text: bool) -> None:
 
 
 def _as_json(output) -> dict:
-    (completion,) = output.outputs
     return {
         "request_id": output.request_id,
         "prompt": output.prompt,
@@ -186,9 +196,16 @@ def _as_json(output) -> dict:
                 "token_ids": completion.token_ids,
                 "finish_reason": completion.finish_reason,
                 "stop_reason": completion.stop_reason,
+                "cumulative_logprob": completion.cumulative_logprob,
+                "logprobs": completion.logprobs and [_logprobs(of_token) for of_token in completion.logprobs],
             }
+            for completion in output.outputs
         ],
     }
+
+
+def _logprobs(of_token: dict) -> list[dict]:
+    return [{"token_id": token, **asdict(logprob)} for token, logprob in of_token.items()]
 
 
 # -------------------------------------------------------------------------------------------------- chat

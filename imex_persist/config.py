@@ -56,7 +56,7 @@ class EngineConfig:
         True, "KV pages of earlier requests stand for a prompt's beginning where tokens are equal"
     )
     load_format: str = setting("auto", "auto, or dummy for random weights")
-    seed: int = setting(0, "seed of dummy weights")
+    seed: int = setting(0, "seed of dummy weights; of drawn tokens too, where `generate` is given it")
     exchange: str | None = setting(None, f"all-reduce strategy of every step: {', '.join(STRATEGIES)}; else planned")
     deadline_s: float | None = setting(None, f"seconds that a wait of the kernel may take; else {_both(DEFAULT_DEADLINE_S)}")
     trace_events: int = setting(0, "events that each of a block's trace rings holds, a power of two; 0 compiles tracing out")

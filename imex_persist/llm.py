@@ -12,13 +12,13 @@ from imex_persist.log import log, warn
 from imex_persist.model.load import load_model
 from imex_persist.outputs import RequestOutput
 from imex_persist.runtime import capacity, inputs, startup, weights
-from imex_persist.runtime.completion import Completion, CompletionStream
+from imex_persist.runtime.completion import Completion, CompletionStream, grouped
 from imex_persist.runtime.engine import Engine
 from imex_persist.runtime.group import Group
 from imex_persist.runtime.peers import check_peers
 from imex_persist.runtime.placement import place_ranks
 from imex_persist.runtime.request import Event, Request, Sink
-from imex_persist.sampling_params import SamplingParams, check_supported
+from imex_persist.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -71,7 +71,9 @@ class LLM:
         """Completes one prompt or several; results are in the order of the prompts.
 
         A prompt is a string, a list of token ids, or {"prompt": …} or {"prompt_token_ids": …}. Without `sampling_params` decoding is
-        greedy. Raises ValueError for bad input before anything runs, FaultError (with `outputs`, what there is) if the ranks end.
+        greedy; a model's generation_config.json says where to end, its other defaults are not applied.
+
+        Raises ValueError for bad input before anything runs, FaultError (with `outputs`, what there is) if the ranks end.
         """
         return self._complete(*self._prepare(prompts, sampling_params))
 
@@ -85,6 +87,8 @@ class LLM:
 
     def stream(self, prompt: inputs.Prompt, sampling_params: SamplingParams | None = None) -> CompletionStream:
         """Yields what is new after every token; the last has a finish reason. Dropping the iterator cancels the request."""
+        if sampling_params is not None and sampling_params.n > 1:
+            raise ValueError(f"n is {sampling_params.n}: a stream has one completion; use generate, or several streams")
         ((text, submission),), (params,) = self._prepare([prompt], sampling_params)
         request = self._engine.submit(submission)
         return CompletionStream(self._completion(request, text, params))
@@ -112,16 +116,16 @@ class LLM:
 
     # ---------------------------------------------------------------------------------------- inside
     def _prepare(self, given: inputs.Prompts, sampling_params) -> tuple[list, list[SamplingParams]]:
-        """([(text or None, Submission)], params), all validated before anything is submitted."""
+        """([(text or None, Submission)], params), all validated before anything is submitted; n of each prompt."""
         prompts = inputs.as_list(given)
         params = inputs.params_for(prompts, sampling_params, GREEDY)
+        prompts, params = inputs.repeated(prompts, params)
         prepared = []
         for prompt, one in zip(prompts, params, strict=True):
-            check_supported(one)
             if one.stop and self.model.tokenizer is None:
                 raise ValueError(f"stop is {one.stop!r} but the model has no tokenizer: use stop_token_ids")
             text, ids = inputs.to_ids(prompt, self.model)
-            submission = inputs.submission(ids, one, self.model.eos_token_ids, self.max_model_len)
+            submission = inputs.submission(ids, one, self.model.eos_token_ids, self.max_model_len, self.model.config.vocab_size)
             self._engine.check(submission)
             prepared.append((text, submission))
         return prepared, params
@@ -146,13 +150,13 @@ class LLM:
                 completions[i].feed(event)
         except ImexError as error:
             again = type(error)(str(error))
-            again.outputs = [completion.result() for completion in completions]
+            again.outputs = grouped(completions)
             raise again from error
         finally:
             for completion in completions:
                 if not completion.finished:
                     self._engine.cancel(completion.request)
-        return [completion.result() for completion in completions]
+        return grouped(completions)
 
     def _completion(
         self, request: Request, text: str | None, params: SamplingParams, request_id: str | None = None

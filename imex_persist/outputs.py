@@ -5,16 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True)
+class Logprob:
+    """Log-probability of a token by the raw logits; `rank` 1 is the most probable. `decoded_token` is None without a tokenizer."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
 @dataclass
 class CompletionOutput:
-    """One completion of a prompt. `text` is "" when the model has no tokenizer."""
+    """One completion of a prompt. `text` is "" when the model has no tokenizer.
+
+    `logprobs`, where asked for, has for each token those of the most probable ones and its own; `cumulative_logprob` is the sum of
+    the tokens' own.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None = None  # "stop", "length" or "abort"; None while it goes on
     stop_reason: int | str | None = None  # the stop token id or stop string, None for EOS and for length
-    logprobs: list[dict[int, float]] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
 
 
@@ -53,3 +66,4 @@ class StreamOutput:
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    logprobs: tuple[dict[int, Logprob], ...] = ()  # of each of token_ids, where asked for

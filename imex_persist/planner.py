@@ -17,6 +17,7 @@ MIN_STAGES = 4
 ONE_SHOT_WORDS = 8192  # words a block can read in one shot before a slice owner is faster (docs/performance.md)
 LONG_UNIT_TILES = 7  # a unit of down_proj that is longer should be cut (docs/performance.md)
 PARTIAL_GROUP = 128  # partial sums that lie together, halves of quads apart (part_index in cuda_src/exchange.cuh)
+MAX_OWN_TOKENS = 1 << 17  # tokens of a block are counted in 17 bits (kCountBits in cuda_src/search.cuh)
 H100_SMS = 132
 H100_SHARED_BYTES = 232_448
 
@@ -87,7 +88,8 @@ def make_shape(
     s["rms_eps"], s["attn_scale"] = config.rms_norm_eps, config.head_dim**-0.5
     s["world_size"], s["num_blocks"], s["window"] = world_size, num_blocks, 3
     s["max_rows"], s["num_slots"] = max_rows, num_slots
-    s["renew_steps"] = 1 << 32 - (config.num_hidden_layers + 2).bit_length()  # most that leave every epoch below 2^32
+    epochs_per_step = max(config.num_hidden_layers + 2, abi.SEARCH_ROUNDS)
+    s["renew_steps"] = 1 << 32 - epochs_per_step.bit_length()  # most that leave every epoch below 2^32
     s["page_size"], s["pages_per_slot"] = page, pages_per_slot
     s["num_pages"] = num_pages if num_pages is not None else pages_per_slot * num_slots
     s["max_splits"] = max(1, min(abi.MAX_SPLITS, num_blocks // kv_heads))
@@ -116,6 +118,12 @@ def make_shape(
             f"{max_rows} rows a step of hidden size {config.hidden_size} and intermediate size {config.intermediate_size} on "
             f"{world_size} rank(s) leave no room for the weight ring in {machine.shared_memory_bytes} bytes of shared memory: {advice}"
         )
+    if own_tokens(best) >= MAX_OWN_TOKENS:
+        raise ValueError(
+            f"a vocabulary of {config.vocab_size} on {world_size} rank(s) of {num_blocks} blocks is not supported: a block looks after "
+            f"{own_tokens(best)} tokens and at most {MAX_OWN_TOKENS - 1} are allowed; use more ranks"
+        )
+    assert world_size * num_blocks <= abi.DRAW_ROW_BYTES - 256, "merge_parts in cuda_src/logprobs.cuh keeps a byte for each"
     _place_symmetric_memory(best)
     return best
 
@@ -155,7 +163,7 @@ def _place_shared_memory(
     )  # q, k and v, the warps' results
     offset = abi.SHARED_HEADER_BYTES
     for field, size in (
-        ("smem_x", max(rows * widest * 2, attention)),
+        ("smem_x", max(rows * widest * 2, attention, rows * abi.DRAW_ROW_BYTES)),
         ("smem_part", abi.PART_SLOTS * abi.CONSUMER_WARPS * rows * abi.UNIT_ROWS * 4),
         ("smem_residual", max(int(s["one_shot_rows"]) * hidden, rows * owned) * 4),
         ("smem_rope", rows * head_dim * 4),
@@ -174,6 +182,7 @@ def _place_symmetric_memory(s) -> None:
     offset = 0
     for field, words in (
         ("off_plan", 2 * plan_words(rows)),
+        ("off_sampling", 2 * rows * abi.SAMPLING_WORDS),
         ("off_qkv", rows * (heads + 2 * kv_heads) * head_dim // 2),
         ("off_split", rows * heads * int(s["max_splits"]) * (head_dim + 2)),
         ("off_attn", rows * heads * head_dim // 2),
@@ -183,6 +192,9 @@ def _place_symmetric_memory(s) -> None:
         ("off_down_part", world * int(s["down_slices"]) * rows * partial_width(hidden)),
         ("off_down_sum", rows * hidden // 2),
         ("off_best", world * blocks * rows * 2),
+        ("off_logits", rows * int(s["vocab_rows"])),
+        ("off_search", 2 * world * blocks * rows * abi.SEARCH_PIVOTS * 2),
+        ("off_logprob", world * blocks * rows * (2 + abi.MAX_LOGPROBS) * 2),
         ("off_align", align_words(s)),
         ("off_renew", 2 * world * blocks * 2),
         ("off_page_table", -(-int(s["num_slots"]) * int(s["pages_per_slot"]) // 2)),
@@ -216,6 +228,21 @@ def num_partners(s) -> int:
 def align_words(s) -> int:
     """Words of the alignment of clocks: a question and an answer for each partner, each in 32 bytes of its own."""
     return 2 * num_partners(s) * 4 if s["trace"] else 0
+
+
+def own_tokens(s) -> int:
+    """Tokens of a rank's vocabulary that one block looks after when rows are drawn (cuda_src/sampling.cuh)."""
+    return abi.UNIT_ROWS * -(-int(s["vocab_rows"]) // (abi.UNIT_ROWS * int(s["num_blocks"])))
+
+
+def sampler_bytes(s) -> dict[str, int]:
+    """Bytes of the fields of RankParams that only drawing needs."""
+    own = 4 * int(s["num_blocks"]) * own_tokens(s)
+    return {
+        "counts": own * int(s["num_slots"]),
+        "scaled": own * int(s["max_rows"]),
+        "logprobs": 4 * 2 * int(s["max_rows"]) * (1 + abi.MAX_LOGPROBS) * 4,
+    }
 
 
 def trace_bytes(s) -> int:

@@ -1,4 +1,4 @@
-"""SamplingParams: vLLM's names and defaults. Values that make no sense raise here, what the kernel cannot do yet in `check_supported`."""
+"""SamplingParams: vLLM's names, defaults and order of application. Values that make no sense raise here."""
 
 from __future__ import annotations
 
@@ -25,9 +25,16 @@ class RequestOutputKind(enum.Enum):
 class SamplingParams:
     """How one request is decoded.
 
-    `temperature=0` takes the most probable token each time. `max_tokens=None` generates up to `max_model_len`. `stop` strings
-    are cut from the text unless `include_stop_str_in_output`; `min_tokens` holds back EOS, stop token ids and stop strings.
-    Raises ValueError for values out of range and TypeError for unknown names.
+    `temperature=0` takes the most probable token each time, whatever top_p, top_k, min_p and seed are. Otherwise tokens are drawn on
+    the device: penalties, the mask of `min_tokens`, temperature, min_p, top_k, then top_p of what is left; where several tokens equal
+    the last one that top_k or top_p leaves, all of them stay. The same `seed` gives the same tokens, whatever else is in the batch;
+    without one each request draws anew. `n` completions of a prompt are n requests, with seeds `seed`, `seed + 1`, …
+
+    `logprobs=N` adds the log-probabilities of the N most probable tokens and of the token itself, of the raw logits.
+    `max_tokens=None` generates up to `max_model_len`. `stop` strings are cut from the text unless `include_stop_str_in_output`;
+    `min_tokens` masks EOS and stop token ids, and holds back stop strings.
+
+    Raises ValueError for values out of range and TypeError for names that are not supported (best_of, logit_bias, prompt_logprobs, …).
     """
 
     n: int = 1
@@ -52,6 +59,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _integer("n", self.n, 1)
         _number("temperature", self.temperature, 0.0, math.inf)
+        if self.n > 1 and self.greedy:
+            raise ValueError(f"n is {self.n} but temperature 0 gives the same completion every time: use n=1, or a temperature")
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
         _integer("top_k", self.top_k, -1)
         _number("min_p", self.min_p, 0.0, 1.0)
@@ -78,24 +87,6 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_EPSILON
-
-
-def check_supported(params: SamplingParams) -> None:
-    """Raises ValueError naming the first parameter that this version does not execute.
-
-    Greedy decoding ignores top_p, top_k, min_p and seed, as vLLM does.
-    """
-    wants = (
-        ("temperature", params.greedy, "only temperature=0 (greedy) is"),
-        ("n", params.n == 1, "only n=1 is; submit the prompt several times"),
-        ("logprobs", params.logprobs is None, "only logprobs=None is"),
-        ("presence_penalty", params.presence_penalty == 0, "only presence_penalty=0 is"),
-        ("frequency_penalty", params.frequency_penalty == 0, "only frequency_penalty=0 is"),
-        ("repetition_penalty", params.repetition_penalty == 1, "only repetition_penalty=1 is"),
-    )
-    for name, supported, allowed in wants:
-        if not supported:
-            raise ValueError(f"{name}={getattr(params, name)!r} is not supported yet: {allowed}")
 
 
 def _integer(name: str, value, low: int, high: int | None = None) -> None:

@@ -43,6 +43,7 @@ DEV u32 pack_bf16(float low, float high) {  // round to nearest even
 }
 DEV float fast_exp(float x) { return __expf(x); }
 DEV float reciprocal_sqrt(float x) { return rsqrtf(x); }
+DEV float natural_log(float x) { return logf(x); }  // of a positive number, to the last bits also near 1
 
 // ---------------------------------------------------------------------------------------------- global memory
 // Constants of the run (weights, norms, RoPE): never written while the kernel is resident, so the read-only path may cache them.
@@ -138,6 +139,10 @@ DEV void warp_sync() { __syncwarp(); }
 DEV bool warp_any(bool v) { return __any_sync(~0u, v); }  // also brings the lanes together
 DEV u32 shuffle(u32 v, int lane) { return __shfl_sync(~0u, v, lane); }
 DEV float warp_sum(float v) {
+  UNROLL for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+  return v;
+}
+DEV u64 warp_sum(u64 v) {
   UNROLL for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
   return v;
 }

@@ -1,6 +1,7 @@
 // lm_head: residual -> logits of this rank's part of the vocabulary, of which each block keeps every row's best and publishes it.
 // Steps in which no row samples skip the product, tiles and all; the words go out in every step, since they also end it (kv.cuh).
 #pragma once
+#include "../draw.cuh"
 #include "../exchange.cuh"
 #include "../tap.cuh"
 
@@ -17,13 +18,6 @@ DEV Matrix lm_head_matrix(const Block& b, u32 uses) {
           2 * (int)shape().num_layers};
 }
 
-// Candidates compare as integers: the logit's order first, then the lower id.
-DEV u64 candidate_key(float logit, u32 id) {
-  const u32 bits = float_bits(logit);
-  return (u64)(bits & 0x80000000u ? ~bits : bits | 0x80000000u) << 32 | (0xffffffffu - id);
-}
-DEV u32 candidate_id(u64 key) { return 0xffffffffu - (u32)key; }
-
 // The best logits that one adder has seen in this step: each lane looks after (row, pair of the unit's outputs) cells.
 constexpr int kCells = kMaxRows * (kUnitRows / 2);
 struct Candidates {
@@ -34,6 +28,7 @@ DEV void clear(Candidates& c) {
 }
 DEV void keep_best(Block& b, Candidates& c, int unit, int slot) {
   const int rows = num_rows(b);
+  const bool drawing = b.shared->num_drawing;  // of this step: its consumers wait for this adder's mark before they go on
   UNROLL for (int j = 0; j < kCells / LANES; j++) {
     const int i = b.lane + j * LANES, row = i / (kUnitRows / 2), pair = i % (kUnitRows / 2);
     if (row >= rows) continue;
@@ -45,6 +40,8 @@ DEV void keep_best(Block& b, Candidates& c, int unit, int slot) {
     const u64 k1 = id + 1 < shape().vocab_size ? candidate_key(v.y, id + 1) : 0;
     const u64 k = k0 > k1 ? k0 : k1;
     if (k > c.best[j]) c.best[j] = k;
+    if (drawing && b.shared->rows[row].flags & kRowDraws)  // sampling.cuh says why one buffer is enough
+      store_words(own_words(b, logits_offset(row) + n), float_bits(v.x), float_bits(v.y), layer_epoch(b.step, shape().num_layers));
     tap(b, Phase::kLmHead, row, n, v.x);
     tap(b, Phase::kLmHead, row, n + 1, v.y);
   }
@@ -67,6 +64,7 @@ DEV bool publish_best(Block& b) {
     mbar_wait(b.waiter, Wait::kPartial, false, Pending{&b.shared->candidates_ready, b.num_lm_heads++ & 1});
   }
   if (!all_well(b)) return false;
+  if (b.shared->num_drawing && !draw_rows(b.index, b.step)) return false;
   for (int row = b.thread; row < rows; row += kConsumerThreads) {
     u64 best = 0;
     for (int i = 0; i < kAdderWarps * (kUnitRows / 2) && sampling; i++) {

@@ -1,6 +1,7 @@
 // sample: every block's candidates -> the next token of every row, the same on every block of every rank. Also the end of the step:
 // having the word of every block, KV pages of this step may be read and claim counters of this parity used again.
 #pragma once
+#include "../logprobs.cuh"
 #include "lm_head.cuh"
 
 namespace imex {
@@ -34,6 +35,7 @@ DEV bool sample(Block& b) {
     b.shared->tokens[b.step & 1][row] = candidate_id(k);
   }
   consumer_sync();
+  if (b.shared->num_drawing && !find_logprobs(b.index, b.step)) return false;
   if (b.thread == 0) mbar_arrive(&b.shared->step_end[b.step & 1]);  // only rank 0's block 0 has a mailbox that listens
   mark(b, Mark::kEnd);
   return true;

@@ -46,7 +46,8 @@ struct Copy {
 };
 
 constexpr u32 kMaxCopies = 1u << 16, kLog = 2048;
-constexpr u32 kVeryLong = 1u << 14;  // chances: where somebody polls all the time, "until nothing else can run" would be for ever
+constexpr u32 kVeryLong =
+    1u << 14;  // chances: where somebody polls all the time, "until nothing else can run" would be for ever
 PendingStore* pending_memory;
 Landed* landed;  // [kLog], a ring: what is older than it is seen by everybody
 u64 num_landed;

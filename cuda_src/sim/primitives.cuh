@@ -73,6 +73,20 @@ DEV float fast_exp(float x) {  // 2^n * e^f with a polynomial: the same bits wit
   return x < -87.f ? 0.f : x > 88.7f ? INFINITY : e;
 }
 DEV float reciprocal_sqrt(float x) { return 1.f / __builtin_sqrtf(x); }
+DEV float natural_log(float x) {  // of a positive normal number; log(2^n m), m in [0.7, 1.4), with a polynomial as above
+  const u32 shifted = float_bits(x) - 0x3f3504f3u;
+  const float n = (float)((int)shifted >> 23), f = bits_float((shifted & 0x7fffffu) + 0x3f3504f3u) - 1.f, z = f * f;
+  float p = 7.0376836e-2f;
+  p = p * f - 1.1514610e-1f;
+  p = p * f + 1.1676999e-1f;
+  p = p * f - 1.2420141e-1f;
+  p = p * f + 1.4249323e-1f;
+  p = p * f - 1.6668057e-1f;
+  p = p * f + 2.0000714e-1f;
+  p = p * f - 2.4999994e-1f;
+  p = p * f + 3.3333331e-1f;
+  return (p * f * z - n * 2.12194440e-4f - 0.5f * z + f) + n * 0.693359375f;
+}
 
 // ---------------------------------------------------------------------------------------------- global memory
 DEV u32 load_const(const u32* p) { return *p; }
@@ -266,6 +280,9 @@ DEV T warp_reduce(T v, Combine combine) {
 }
 DEV float warp_sum(float v) {
   return warp_reduce(v, [](float a, float b) { return a + b; });
+}
+DEV u64 warp_sum(u64 v) {
+  return warp_reduce(v, [](u64 a, u64 b) { return a + b; });
 }
 DEV float warp_max(float v) {
   return warp_reduce(v, [](float a, float b) { return fmaxf(a, b); });

@@ -74,7 +74,8 @@ Warp* pick_warp() {
 }
 
 u32 reluctance(const Warp* w) {
-  return 2 * (w->starved && machine.steps - w->ready_at < kPatience) + (w->stalled_until > machine.steps || w->fibers->block->stalled_until > machine.steps);
+  return 2 * (w->starved && machine.steps - w->ready_at < kPatience) +
+         (w->stalled_until > machine.steps || w->fibers->block->stalled_until > machine.steps);
 }
 
 // A stalled block or warp stands still unless nobody else can run, and a starved one even then if a stalled one can.

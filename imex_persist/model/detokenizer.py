@@ -44,6 +44,10 @@ class Detokenizer:
         self._context, self._pending, self._sent = self._pending or self._context, [], 0
         return rest
 
+    def decode_one(self, token_id: int) -> str:
+        """The text of a token on its own, special or not; replacement characters where it is part of a character."""
+        return self._decode([token_id])
+
     def _text(self) -> str:
         before = self._decode(self._context) if self._context else ""
         return self._decode(self._context + self._pending)[len(before) :]

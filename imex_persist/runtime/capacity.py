@@ -66,7 +66,7 @@ def fixed_bytes(model, shape: np.void) -> dict[str, int]:
     return {
         "weight_bytes": sum(packing.rank_bytes(model, shape).values()),
         "symmetric_bytes": int(shape["symmetric_words"]) * 8,
-        "table_bytes": 4 * planner.num_claims(shape),
+        "table_bytes": 4 * planner.num_claims(shape) + sum(planner.sampler_bytes(shape).values()),
     }
 
 

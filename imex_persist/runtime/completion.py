@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from imex_persist.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamOutput
+from imex_persist.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamOutput
 from imex_persist.runtime.request import Request, TokenEvent
 from imex_persist.runtime.text import Detokenizer, TextStream
 from imex_persist.sampling_params import SamplingParams
@@ -29,6 +29,9 @@ class Completion:
         self.output = CompletionOutput(0, "", [])
         self.metrics = RequestMetrics(request.arrival)
         self.params = params
+        if params.logprobs is not None:
+            self.output.logprobs, self.output.cumulative_logprob = [], 0.0
+        self._detokenizer = detokenizer
         self._cancel = cancel
         self._prompt_token_ids = list(request.submission.prompt_token_ids)
         self._taken = 0, 0  # tokens and characters that `take` has given
@@ -43,11 +46,15 @@ class Completion:
         out = self.output
         if self.finished:
             return StreamOutput("", ())
-        delta, ids = "", ()
+        delta, ids, logprobs = "", (), ()
         if event.token is not None:
             ids = (event.token,)
             out.token_ids.append(event.token)
             self._time(event)
+            if out.logprobs is not None:
+                logprobs = (self._logprobs(event),)
+                out.logprobs.extend(logprobs)
+                out.cumulative_logprob += logprobs[0][event.token].logprob
             delta = self._show(event)
         out.finish_reason = event.finish_reason
         if self._text is not None:
@@ -58,7 +65,7 @@ class Completion:
                     self._cancel(self.request)
                 out.finish_reason, out.stop_reason = "stop", self._text.stop_string
             out.text = self._text.text
-        return StreamOutput(delta, ids, out.finish_reason, out.stop_reason)
+        return StreamOutput(delta, ids, out.finish_reason, out.stop_reason, logprobs)
 
     def cancel(self) -> None:
         """Ends the request if it still runs."""
@@ -95,11 +102,34 @@ class Completion:
             return ""
         return self._text.push(event.token, look_for_stop=len(self.output.token_ids) > self.params.min_tokens)
 
+    def _logprobs(self, event: TokenEvent) -> dict[int, Logprob]:
+        """The token's own first; of the others it may be one."""
+        decoded = self._detokenizer.decode_one if self._detokenizer is not None else lambda _token: None
+        found: dict[int, Logprob] = {}
+        for token, logprob, rank in event.logprobs:
+            if token not in found:
+                found[token] = Logprob(logprob, rank, decoded(token))
+        return found
+
     def _time(self, event: TokenEvent) -> None:
         m = self.metrics
         m.first_token_time = m.first_token_time or event.host_time
         m.last_token_time = event.host_time
         m.device_time_ns.append(event.device_time_ns)
+
+
+def grouped(completions: Sequence[Completion]) -> list[RequestOutput]:
+    """One RequestOutput a prompt from the completions of all, n of each."""
+    outputs, rest = [], list(completions)
+    while rest:
+        mine, rest = rest[: rest[0].params.n], rest[rest[0].params.n :]
+        output = mine[0].result()
+        for i, other in enumerate(mine[1:], 1):
+            other.output.index = i
+            output.outputs.append(other.output)
+            output.finished &= other.finished
+        outputs.append(output)
+    return outputs
 
 
 class CompletionStream:

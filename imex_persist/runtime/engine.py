@@ -271,6 +271,7 @@ class Engine:
             max_tokens=s.max_tokens,
             min_tokens=s.min_tokens,
             cached_len=request.num_cached_tokens,
+            sampling=s.sampling,
         )
         return True
 
@@ -281,6 +282,8 @@ class Engine:
             return
         if record.kind == abi.Record.ACK:
             request.seen_device_ns = request.seen_device_ns or record.time_ns
+        elif record.kind == abi.Record.LOGPROB:
+            request.logprobs.append((record.token, record.finish_float, record.index))
         elif record.kind == abi.Record.TOKEN:
             reason = FINISH_REASONS.get(record.finish)
             cancelled = record.finish == abi.Finish.CANCELLED  # carries no token of its own
@@ -288,7 +291,9 @@ class Engine:
                 request.generated.append(record.token)
                 if len(request.generated) == 1 and self._share_pages:  # all of the prompt is in the pages
                     self._pages.keep(request.reservation, request.submission.prompt_token_ids)
-            request.tell(TokenEvent(None if cancelled else record.token, reason, record.time_ns, time.perf_counter()))
+            token, logprobs = None if cancelled else record.token, tuple(request.logprobs)
+            request.logprobs.clear()
+            request.tell(TokenEvent(token, reason, record.time_ns, time.perf_counter(), logprobs))
         elif record.kind == abi.Record.RELEASE:
             self._end(request, "abort")  # says nothing if the request has its reason already
             del self._resident[request.id]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 
 from imex_persist.model.load import Model
 from imex_persist.runtime.request import Submission
+from imex_persist.runtime.sampling import sampling_of
 from imex_persist.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping
@@ -40,6 +42,16 @@ def params_for(prompts: list[Prompt], given, default: SamplingParams) -> list[Sa
     return list(given)
 
 
+def repeated(prompts: list[Prompt], params: list[SamplingParams]) -> tuple[list[Prompt], list[SamplingParams]]:
+    """Each prompt n times, with seeds of their own."""
+    out_prompts, out_params = [], []
+    for prompt, one in zip(prompts, params, strict=True):
+        for i in range(one.n):
+            out_prompts.append(prompt)
+            out_params.append(replace(one, seed=(one.seed + i) % 2**64) if i and one.seed is not None else one)
+    return out_prompts, out_params
+
+
 def to_ids(prompt: Prompt, model: Model) -> tuple[str | None, list[int]]:
     """(text or None, token ids). Raises ValueError for ids outside the vocabulary and for text without a tokenizer."""
     if isinstance(prompt, Mapping):
@@ -70,12 +82,20 @@ def render_chat(conversation, model: Model) -> dict:
     return {"prompt": tokenizer.apply_chat_template(messages), "prompt_token_ids": tokenizer.encode_chat(messages)}
 
 
-def submission(ids: list[int], params: SamplingParams, eos: Sequence[int], max_model_len: int) -> Submission:
-    """`max_tokens` ends at `max_model_len`, as in vLLM; a prompt that leaves no room is left for Engine.check to refuse."""
+def submission(ids: list[int], params: SamplingParams, eos: Sequence[int], max_model_len: int, vocab_size: int) -> Submission:
+    """`max_tokens` ends at `max_model_len`, as in vLLM; a prompt that leaves no room is left for Engine.check to refuse.
+
+    Raises ValueError for stop token ids outside the vocabulary.
+    """
+    for token in params.stop_token_ids:
+        if token >= vocab_size:
+            raise ValueError(f"stop_token_ids has {token}: integers of 0 to {vocab_size - 1} are allowed")
     room = max(1, max_model_len - len(ids))
     max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
     stop = dict.fromkeys([*([] if params.ignore_eos else eos), *params.stop_token_ids])
-    return Submission(tuple(ids), max_tokens, min(params.min_tokens, max_tokens), tuple(stop))
+    min_tokens = min(params.min_tokens, max_tokens)
+    sampling = sampling_of(params, len(ids), min_tokens, eos, vocab_size)
+    return Submission(tuple(ids), max_tokens, min_tokens, tuple(stop), sampling)
 
 
 def _checked_ids(ids, model: Model) -> list[int]:

@@ -1,7 +1,7 @@
 """The host's end of the two rings (abi.Mailbox): descriptors go in, records come out. Nothing here calls into a device.
 
-Layout: header, descriptor ring, record ring, then an arena of u32 in which every slot owns one region for prompt ids, page ids and
-stop token ids; a slot's region is free again exactly when the slot is, at the request's RELEASE record.
+Layout: header, descriptor ring, record ring, then an arena of u32 in which every slot owns one region for prompt ids, page ids, stop
+token ids and how tokens are drawn; a slot's region is free again exactly when the slot is, at the request's RELEASE record.
 
 Ordering. A descriptor is valid only if its check word fits, so its own words may land in any order. What it points at must be there
 before it: the arena is written, a lock is released and taken again (a full barrier on every machine Python runs on), then the
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from imex_persist import abi
+from imex_persist.runtime.sampling import Sampling
 
 _WORDS = struct.Struct("16I")  # native: each word is one store
 _RECORD = struct.Struct("6IQ")
@@ -44,6 +45,11 @@ class RecordEntry(NamedTuple):
     finish: int
     time_ns: int
 
+    @property
+    def finish_float(self) -> float:
+        """`finish` of a LOGPROB: a float32."""
+        return struct.unpack("f", struct.pack("I", self.finish))[0]
+
 
 @dataclass(frozen=True)
 class ArenaLayout:
@@ -55,7 +61,7 @@ class ArenaLayout:
 
     @property
     def region(self) -> int:
-        return -(-(self.max_model_len + self.pages_per_slot + abi.MAX_STOP_IDS) // 16) * 16
+        return -(-(self.max_model_len + self.pages_per_slot + abi.MAX_STOP_IDS + abi.SAMPLING_WORDS) // 16) * 16
 
     @property
     def nbytes(self) -> int:
@@ -95,9 +101,10 @@ class Mailbox:
         max_tokens: int,
         min_tokens: int = 0,
         cached_len: int = 0,
+        sampling: Sampling | None = None,
     ) -> int | None:
         """Starts a request, at position `cached_len`. Returns the descriptor's sequence number, or None when the ring is full."""
-        words = [*prompt, *pages, *stop]
+        words = [*prompt, *pages, *stop, *(sampling.words if sampling else ())]
         if slot >= self.layout.num_slots or len(words) > self.layout.region:
             raise ValueError(f"slot {slot} with {len(words)} words does not fit the arena of {self.layout}")
         with self._lock:
@@ -118,6 +125,8 @@ class Mailbox:
                 max_tokens,
                 min_tokens,
                 cached_len,
+                sampling.draw if sampling else abi.Draw.NONE,
+                sampling.num_logprobs if sampling else 0,
             )
 
     def cancel(self, request: int, slot: int) -> int | None:

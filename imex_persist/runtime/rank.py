@@ -26,6 +26,7 @@ class RankMemory:
         self.symmetric = device.symmetric(int(shape["symmetric_words"]) * 8)
         self.kv = device.zeros(planner.kv_bytes(shape))
         self.claims = device.zeros(planner.num_claims(shape) * 4)
+        self.sampler = {name: device.zeros(size) for name, size in planner.sampler_bytes(shape).items()}
         self.peers: dict[int, Buffer] = {rank: self.symmetric}
 
     def connect(self, handles: Mapping[int, str], local: Mapping[int, RankMemory]) -> None:
@@ -63,6 +64,8 @@ class RankMemory:
         for name in WEIGHTS:
             out[name] = self.weights[name].address
         out["kv"], out["claims"] = self.kv.address, self.claims.address
+        for name, buffer in self.sampler.items():
+            out[name] = buffer.address
         for rank, peer in self.peers.items():
             out["peers"][rank] = peer.address
         out["mailbox"], out["fault"], out["trace"] = mailbox, fault, trace

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from imex_persist import abi
 from imex_persist.runtime.pages import Reservation
+from imex_persist.runtime.sampling import Sampling
 
 FINISH_REASONS = {abi.Finish.STOP: "stop", abi.Finish.LENGTH: "length", abi.Finish.CANCELLED: "abort"}
 
@@ -21,6 +22,7 @@ class TokenEvent(NamedTuple):
     finish_reason: str | None
     device_time_ns: int  # device clock when the step's tokens were known
     host_time: float  # time.perf_counter() when the record was read
+    logprobs: tuple[tuple[int, float, int], ...] = ()  # (token id, log-probability, rank), the token's own first
 
 
 Event = TokenEvent | Exception
@@ -35,11 +37,12 @@ class Submission:
     max_tokens: int
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    sampling: Sampling | None = None  # None: plainly greedy
 
     @property
     def needs_whole_prompt(self) -> bool:
-        """Whether the kernel must see every prompt token, so that no kept page can stand for some of them."""
-        return False
+        """Whether the kernel must see every prompt token, for the repetition penalty: no pages of another request may be reused."""
+        return self.sampling is not None and self.sampling.needs_whole_prompt
 
 
 @dataclass(eq=False)
@@ -56,6 +59,7 @@ class Request:
     reservation: Reservation | None = field(default=None, repr=False)  # while it is resident
     num_cached_tokens: int = 0  # of the prompt: not computed, their keys and values were there
     generated: list[int] = field(default_factory=list, repr=False)
+    logprobs: list[tuple[int, float, int]] = field(default_factory=list, repr=False)  # of the token whose record comes next
     finished: bool = False
     cancelled: bool = False
 

@@ -13,6 +13,8 @@ class Detokenizer(Protocol):
 
     def flush(self) -> str: ...
 
+    def decode_one(self, token_id: int) -> str: ...
+
 
 class TextStream:
     """The text of one completion. `push` returns what may be shown now; `stop_string` is set once one was found.

@@ -49,7 +49,11 @@ def test_the_kernel_compiles_within_its_budget(case, arch):
     print(f"{case.name} {arch}: {rows} row(s), {shape['ring_stages']} tiles, {shape['smem_bytes']} bytes shared, {entry}")
     assert 0 < entry.registers <= REGISTER_FILE // THREADS
     assert int(shape["smem_bytes"]) + entry.shared_bytes <= MACHINES[arch].shared_memory_bytes
-    spilled = {name: found for name, found in build.resources.items() if found.spill_store_bytes > SPILL_BYTES.get(arch, SPILL_BYTES_LATER)}
+    spilled = {
+        name: found
+        for name, found in build.resources.items()
+        if found.spill_store_bytes > SPILL_BYTES.get(arch, SPILL_BYTES_LATER)
+    }
     assert not spilled, f"more local memory is used than what is stored around attention: {spilled}"
     check_ptx(build.ptx)
     if tool := nvdisasm():

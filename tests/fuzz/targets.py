@@ -290,7 +290,7 @@ def descriptor(request: dict) -> None:
     params = SamplingParams(temperature=0, **options)
     for prompt in inputs.as_list(request["prompt"]):
         _, ids = inputs.to_ids(prompt, model)
-        one = inputs.submission(ids, params, (2,), 32)
+        one = inputs.submission(ids, params, (2,), 32, model.config.vocab_size)
         engine.check(one)
         mailbox._acked = mailbox._posted  # a kernel that takes everything
         sequence = mailbox.submit(request=7, slot=1, prompt=one.prompt_token_ids, pages=[0, 1], stop=one.stop_token_ids,

@@ -19,8 +19,8 @@ DEV void copy_in(char* shared, const char* global, int bytes) {
 }
 
 // ---------------------------------------------------------------------------------------------- numbers
-// in: float [n, 2]; pairs: u32 [n]; back: float [n, 2] after rounding; exps, roots: float [n] of the first of each pair
-KERNEL numbers(const float* in, u32* pairs, float* back, float* exps, float* roots, int n) {
+// in: float [n, 2]; pairs: u32 [n]; back: float [n, 2] after rounding; exps, roots, logs: float [n] of the first of each pair
+KERNEL numbers(const float* in, u32* pairs, float* back, float* exps, float* roots, float* logs, int n) {
   for (int i = thread_index(); i < n; i += kThreads) {
     const u32 pair = pack_bf16(in[2 * i], in[2 * i + 1]);
     pairs[i] = pair;
@@ -28,15 +28,17 @@ KERNEL numbers(const float* in, u32* pairs, float* back, float* exps, float* roo
     back[2 * i + 1] = bf16_high(pair);
     exps[i] = fast_exp(in[2 * i]);
     roots[i] = reciprocal_sqrt(in[2 * i]);
+    logs[i] = natural_log(in[2 * i]);
   }
 }
 
-// in: float, keys: u64 [warps, 32]; sums, maxima: float, tops: u64 [warps, 32]: what each lane was told
-KERNEL warps(const float* in, const u64* keys, float* sums, float* maxima, u64* tops) {
+// in: float, keys: u64 [warps, 32]; sums, maxima: float, tops, totals: u64 [warps, 32]: what each lane was told
+KERNEL warps(const float* in, const u64* keys, float* sums, float* maxima, u64* tops, u64* totals) {
   const int i = thread_index();
   sums[i] = warp_sum(in[i]);
   maxima[i] = warp_max(in[i]);
   tops[i] = warp_max(keys[i]);
+  totals[i] = warp_sum(keys[i]);
 }
 
 // flags: u32 [rounds, consumer threads]; any: u32 [rounds, consumer threads]

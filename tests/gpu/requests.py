@@ -119,7 +119,9 @@ def measure(llm: LLM, args: argparse.Namespace, sizes: Sizes) -> tuple[dict, lis
 
 def client_of(llm: LLM, sizes: Sizes) -> Client:
     def submit(prompt: list[int], params: SamplingParams, sink) -> Request:
-        return llm.engine.submit(inputs.submission(prompt, params, llm.model.eos_token_ids, llm.max_model_len), sink)
+        return llm.engine.submit(
+            inputs.submission(prompt, params, llm.model.eos_token_ids, llm.max_model_len, llm.model.config.vocab_size), sink
+        )
 
     return Client(submit, llm.engine.cancel, sizes)
 

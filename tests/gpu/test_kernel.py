@@ -1,4 +1,4 @@
-"""The kernel's tests (tests/kernel) on a GPU: every phase alone on every random case, whole models, and the tap.
+"""The kernel's tests (tests/kernel) on a GPU: every phase alone on every random case, whole models, the tap, and drawing.
 
 On a GPU each shape is a build of its own. What the chosen tests will load is compiled first, by as many processes as there are
 cores; what is in the cache already costs nothing. All ranks of a model run in one launch on one GPU.
@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from imex_persist.device import nvrtc
-from tests.kernel import test_phases, test_tap, test_whole
+from tests.kernel import test_draw, test_drawing, test_phases, test_tap, test_whole
 
 from .bench import capable_gpus
 
 if importlib.util.find_spec("pytest_timeout"):
     pytestmark = pytest.mark.timeout(1800)  # the first test's includes the builds; a launch has a limit of its own
-for module in (test_phases, test_tap, test_whole):
+for module in (test_phases, test_tap, test_whole, test_draw, test_drawing):
     globals().update({name: test for name, test in vars(module).items() if name.startswith("test_")})
 
 

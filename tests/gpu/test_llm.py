@@ -23,6 +23,7 @@ from imex_persist.model.config import ModelConfig
 from imex_persist.model.load import load_model
 from imex_persist.model.packing import rank_bytes
 from imex_persist.model.reference import Reference
+from imex_persist.model.sampling import log_softmax
 from imex_persist.planner import kv_bytes
 from imex_persist.runtime import startup
 from imex_persist.runtime.discover import find_gpus
@@ -206,7 +207,7 @@ def test_dropping_a_stream_cancels(llm):
         ("text", greedy(), "no tokenizer"),
         ([1003], greedy(), "0 to 1002"),
         ([1] * SETTINGS["max_model_len"], greedy(), f"at most {SETTINGS['max_model_len'] - 1}"),
-        (PROMPT, SamplingParams(), "temperature"),
+        (PROMPT, SamplingParams(stop_token_ids=[1003]), "stop_token_ids has 1003"),
     ],
 )
 def test_bad_requests_leave_running_ones_alone(llm, prompt, params, words):
@@ -215,6 +216,28 @@ def test_bad_requests_leave_running_ones_alone(llm, prompt, params, words):
     with pytest.raises(ValueError, match=words):
         llm.generate(prompt, params)
     assert len([t for step in running for t in step.token_ids]) == 39
+
+
+def test_sampling(llm, folder):
+    """Seeds, log-probabilities against the reference's, and what min_tokens and stop tokens do, through the whole engine."""
+    params = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, seed=5, max_tokens=20, logprobs=20, ignore_eos=True)
+    (first,), (again,) = llm.generate(PROMPT, params), llm.generate([PROMPT, [9] * 40, [3]], params)[:1]
+    assert ids(first) == ids(again) != ids(llm.generate(PROMPT, greedy(max_tokens=20))[0])
+    model = load_model(folder)
+    reference = Reference(model.config, model.weights)
+    logits = reference.forward(reference.sequence(), [*PROMPT, *ids(first)[:-1]])[len(PROMPT) - 1 :]
+    for token, found, exact, limit in zip(
+        ids(first), first.outputs[0].logprobs, logits, np.broadcast_to(logit_limit(logits), len(logits)), strict=True
+    ):
+        assert token in found and 20 <= len(found) <= 21
+        for id, one in found.items():
+            assert abs(one.logprob - log_softmax(exact)[id]) <= 2 * limit
+    (masked,) = llm.generate(
+        PROMPT, greedy(max_tokens=12, min_tokens=6, stop_token_ids=ids(llm.generate(PROMPT, greedy())[0])[:3])
+    )
+    assert not set(ids(masked)[:6]) & set(ids(llm.generate(PROMPT, greedy())[0])[:3])
+    (several,) = llm.generate(PROMPT, SamplingParams(n=3, seed=5, max_tokens=5))
+    assert [one.index for one in several.outputs] == [0, 1, 2]
 
 
 def test_two_after_each_other_and_no_host_calls(llm, folder):

@@ -13,7 +13,7 @@ WARPS = abi.CONSUMER_WARPS
 THREADS = abi.NUM_WARPS * 32
 
 
-def test_bf16_pairs_exp_and_root(bench):
+def test_bf16_pairs_exp_root_and_log(bench):
     rng = np.random.default_rng(1)
     values = np.concatenate(
         [rng.standard_normal(4000) * 10.0 ** rng.integers(-4, 2, 4000), [0.0, -0.0, 1.00390625, 1.01171875]]
@@ -21,18 +21,15 @@ def test_bf16_pairs_exp_and_root(bench):
     pairs = values.astype(np.float32).reshape(-1, 2)
     pairs[:, 0] = np.minimum(np.abs(pairs[:, 0]) + 1e-6, 80.0)  # exp and root take the first of a pair
     xp, n = bench.xp, len(pairs)
-    packed, back, exps, roots = (
-        xp.zeros(n, np.uint32),
-        xp.zeros((n, 2), np.float32),
-        xp.zeros(n, np.float32),
-        xp.zeros(n, np.float32),
-    )
-    bench.run("numbers", xp.asarray(pairs), packed, back, exps, roots, np.int32(n))
+    packed, back = xp.zeros(n, np.uint32), xp.zeros((n, 2), np.float32)
+    exps, roots, logs = (xp.zeros(n, np.float32) for _ in range(3))
+    bench.run("numbers", xp.asarray(pairs), packed, back, exps, roots, logs, np.int32(n))
     bits = to_bf16(pairs)
     np.testing.assert_array_equal(packed.get(), bits[:, 0] | bits[:, 1].astype(np.uint32) << 16)  # the low half is the first
     np.testing.assert_array_equal(back.get(), from_bf16(bits))
     np.testing.assert_allclose(exps.get(), np.exp(pairs[:, 0]), rtol=2e-5)
     np.testing.assert_allclose(roots.get(), pairs[:, 0] ** -0.5, rtol=1e-6)
+    np.testing.assert_allclose(logs.get(), np.log(pairs[:, 0].astype(np.float64)), rtol=3e-7)
 
 
 def test_warp_sum_and_maximum_reach_every_lane(bench):
@@ -40,12 +37,14 @@ def test_warp_sum_and_maximum_reach_every_lane(bench):
     values = rng.standard_normal((abi.NUM_WARPS, 32)).astype(np.float32)
     keys = rng.integers(0, 1 << 63, (abi.NUM_WARPS, 32), np.uint64) * 2 + 1
     xp = bench.xp
-    sums, maxima, tops = xp.zeros_like(xp.asarray(values)), xp.zeros_like(xp.asarray(values)), xp.zeros_like(xp.asarray(keys))
-    bench.run("warps", xp.asarray(values), xp.asarray(keys), sums, maxima, tops)
+    sums, maxima = (xp.zeros_like(xp.asarray(values)) for _ in range(2))
+    tops, totals = (xp.zeros_like(xp.asarray(keys)) for _ in range(2))
+    bench.run("warps", xp.asarray(values), xp.asarray(keys), sums, maxima, tops, totals)
     np.testing.assert_allclose(sums.get(), np.repeat(values.sum(1, keepdims=True), 32, 1), rtol=1e-5, atol=1e-5)
     assert (sums.get() == sums.get()[:, :1]).all(), "lanes of a warp disagree on a sum"
     np.testing.assert_array_equal(maxima.get(), np.repeat(values.max(1, keepdims=True), 32, 1))
     np.testing.assert_array_equal(tops.get(), np.repeat(keys.max(1, keepdims=True), 32, 1))
+    np.testing.assert_array_equal(totals.get(), np.repeat(keys.sum(1, keepdims=True, dtype=np.uint64), 32, 1))
 
 
 def test_a_vote_of_the_consumers(bench):

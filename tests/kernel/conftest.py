@@ -10,6 +10,8 @@ from imex_persist.device.sim import SimDevice
 
 # (file, LANES) -> the values of `index` that `make test` runs; a thread a fiber is exact, and thirty times slower
 EVERY_DAY = {
+    ("test_draw", 1): range(24),
+    ("test_draw", 32): range(10),
     ("test_phases", 1): range(24),
     ("test_phases", 32): range(10),
     ("test_tap", 1): range(12),
@@ -28,6 +30,7 @@ def make_device(request):
         made.append(SimDevice(request.param, num_blocks, **options))
         return made[-1]
 
+    make.lanes = request.param
     yield make
     for device in made:
         device.close()

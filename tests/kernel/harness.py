@@ -6,6 +6,7 @@ Device-agnostic: the same code drives the simulator (tests/kernel) and a GPU (te
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -80,10 +81,17 @@ class KernelRun:
             fault = self.faults[i * FAULT_BYTES : (i + 1) * FAULT_BYTES][: abi.FaultRecord.itemsize].view(abi.FaultRecord)[0]
             assert not fault["valid"], fault
 
+    def reset(self) -> None:
+        """Words and counters as before the first launch; pages stay as they are."""
+        self.host[:] = 0
+        for rank in self.ranks:
+            for buffer in (rank.symmetric, rank.claims):
+                self.device.upload(buffer, 0, np.zeros(buffer.nbytes, np.uint8))
+
     # ------------------------------------------------------------------ the whole model, by descriptors written beforehand
     def decode(self, requests: list[dict], commands: list[tuple[abi.Command, dict]] = ()) -> list[list[int]]:
-        """Tokens of each request {prompt, max_tokens, min_tokens=0, stop=()}: all descriptors are written, those of `commands` after the
-        requests', then the kernel runs.
+        """Tokens of each request {prompt, max_tokens, min_tokens=0, stop=(), sampling=None (runtime/sampling.py)}: all descriptors
+        are written, those of `commands` after the requests', then the kernel runs.
         """
         mailbox = self.host[: abi.Mailbox.itemsize].view(abi.Mailbox)[0]
         arena = self.host[abi.Mailbox.itemsize :].view(np.uint32)
@@ -93,11 +101,13 @@ class KernelRun:
             num_pages = -(-(len(prompt) + request["max_tokens"]) // page)
             pages = list(range(next_page, next_page + num_pages))
             next_page += num_pages
-            body = [*prompt, *pages, *stop]
+            sampling = request.get("sampling")
+            body = [*prompt, *pages, *stop, *(sampling.words if sampling else ())]
             arena[at : at + len(body)] = body
             self._descriptor(
                 mailbox, i + 1, abi.Command.SUBMIT, request=i, slot=i, arena=at, prompt_len=len(prompt), num_pages=num_pages,
                 num_stop=len(stop), max_tokens=request["max_tokens"], min_tokens=request.get("min_tokens", 0),
+                draw=sampling.draw if sampling else 0, num_logprobs=sampling.num_logprobs if sampling else 0,
             )  # fmt: skip
             at += len(body)
         for i, (command, fields) in enumerate([*commands, (abi.Command.SHUTDOWN, {})], len(requests) + 1):
@@ -130,16 +140,20 @@ class KernelRun:
         assert np.all(raw >> np.uint64(32) == epoch), f"{field}: a word without epoch {epoch}"
         return (raw & np.uint64(0xFFFFFFFF)).astype(np.uint32)
 
-    def put_plan(self, rows: list[tuple[int, int, int, bool, int]]) -> None:
-        """Plan of step 0: (token, position, slot, samples, page) of each row, to every rank."""
+    def put_plan(self, rows: list[tuple[int, int, int, bool, int]], sampling: dict[int, Sequence[int]] | None = None) -> None:
+        """Plan of step 0: (token, position, slot, samples, page) of each row, to every rank; `sampling` words of rows that draw."""
+        sampling = sampling or {}
         capacity = int(self.shape["max_rows"])
         words = np.zeros(planner.plan_words(capacity), np.uint32)
-        words[0], words[1] = len(rows), sum(r[3] for r in rows)
+        words[0], words[1] = len(rows), sum(r[3] for r in rows) | len(sampling) << 16
         for i, (token, position, slot, samples, page) in enumerate(rows):
             at = abi.PLAN_HEADER_WORDS + i * abi.PLAN_ROW_WORDS
-            words[at : at + 4] = token, position, slot | (abi.ROW_SAMPLES if samples else 0), page
+            slot |= (abi.ROW_SAMPLES if samples else 0) | (abi.ROW_DRAWS if i in sampling else 0)
+            words[at : at + 4] = token, position, slot, page
         for rank in range(self.world):
             self.put_words(rank, "off_plan", words, 1)
+            for row, body in sampling.items():
+                self.put_words(rank, "off_sampling", np.array(body, np.uint32), 1, row * abi.SAMPLING_WORDS)
 
     def tap(self, rank: int) -> np.ndarray:
         raw = self.device.download(self.taps[rank], 0, self.taps[rank].nbytes)

@@ -64,12 +64,11 @@ class PhaseRun:
         self.samples = np.zeros(self.rows, bool)
         self.samples[lasts] = [c.samples for c in self.case.chunks]
         pages = self.table[self.slots, self.positions // page]
-        self.run.put_plan(
-            [
-                (int(t), int(p), int(slot), bool(samples), int(where))
-                for t, p, slot, samples, where in zip(self.tokens, self.positions, self.slots, self.samples, pages, strict=True)
-            ]
-        )
+        self.plan_rows = [
+            (int(t), int(p), int(slot), bool(samples), int(where))
+            for t, p, slot, samples, where in zip(self.tokens, self.positions, self.slots, self.samples, pages, strict=True)
+        ]
+        self.run.put_plan(self.plan_rows)
         known = np.full_like(self.table, stranger)
         for chunk in self.case.chunks:
             number = -(-chunk.start // page)

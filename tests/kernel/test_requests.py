@@ -45,7 +45,7 @@ def serve(world_size: int, rows: int, slots: int, pages: int, schedule: dict, **
 
 def client_of(run: Served) -> Client:
     def submit(prompt, params, sink):
-        return run.engine.submit(inputs.submission(prompt, params, EOS, LONGEST), sink)
+        return run.engine.submit(inputs.submission(prompt, params, EOS, LONGEST, SIZES.vocab_size), sink)
 
     return Client(submit, run.engine.cancel, SIZES)
 

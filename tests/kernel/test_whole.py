@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 
 from imex_persist.abi import Finish, Phase, Record, Strategy
+from imex_persist.model import sampling
 from imex_persist.model.dummy import DummyWeights
 from imex_persist.model.weights import DictWeights, tensor_shapes
 from imex_persist.planner import partial_width
 
+from . import drawing
 from .cases import Case, uses
+from .drawing import logprobs_of, sampling_record
 from .whole import (
     MODELS,
     NUM_MODELS,
@@ -158,6 +161,42 @@ def test_alone_and_in_company(make_device, index):
     together = run_whole(make_device, case, requests)
     for i, request in enumerate(requests):
         assert run_whole(make_device, case, [request]).tokens[0] == together.tokens[i]
+
+
+def drawn_requests(case) -> list[dict]:
+    """requests_of, of which every other one is drawn with penalties and log-probabilities."""
+    rng, out = np.random.default_rng([case.seed, 1]), []
+    for i, r in enumerate(requests_of(case)):
+        params = {
+            "seed": int(rng.integers(2**40)), "temperature": float(rng.choice([0.7, 1.5])), "max_tokens": r["max_tokens"],
+            "repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.3, "logprobs": int(rng.choice([0, 4])),
+        }  # fmt: skip
+        out.append(drawing.request(case.config.vocab_size, r["prompt"], **params) if i % 2 == 0 else r)
+    return out
+
+
+@EVERY_MODEL
+@PLAIN
+def test_drawn_tokens(make_device, index):
+    """Against the reference's logits: every token is the reference's draw, or one that the tolerance cannot tell from it. The others
+    are what they are without such company.
+    """
+    case = MODELS[index]
+    requests = drawn_requests(case)
+    run = run_whole(make_device, case, requests)
+    for i, r in enumerate(requests):
+        assert run.tokens[i] == run_whole(make_device, case, [r]).tokens[0]
+        if "sampling" not in r:
+            continue
+        logits, tokens, s = reference_logits(run, i), run.tokens[i], sampling_record(r["sampling"])
+        limits = np.broadcast_to(logit_limit(logits), len(tokens)) * 1.3 / s["temperature"]  # penalties enlarge errors too
+        for n, token in enumerate(tokens):
+            x = sampling.scale(logits[n], s, r["prompt"], tokens[:n]) + sampling.noise(s["seed"], n, logits.shape[1])
+            assert x.max() - x[token] <= 2 * limits[n], f"request {i}: token {n} is {token}, {x[token]} of {x.max()}"
+        exact = [sampling.log_softmax(row) for row in logits]
+        for n, found in enumerate(logprobs_of(run.kernel.records, i)):
+            assert found[0][0] == tokens[n] and len(found) == r["sampling"].num_logprobs
+            assert all(abs(logprob - exact[n][id]) <= 2 * logit_limit(logits[n]) for id, logprob, _ in found)
 
 
 def ways(index: int) -> list[tuple[Case, dict]]:

@@ -89,12 +89,14 @@ def test_one_params_for_each_prompt():
 
 def test_submissions():
     params = SamplingParams(temperature=0, max_tokens=50, min_tokens=3, stop_token_ids=[7, 2])
-    s = inputs.submission([1, 2], params, (2, 5), 100)
+    s = inputs.submission([1, 2], params, (2, 5), 100, 300)
     assert (s.max_tokens, s.min_tokens, s.stop_token_ids) == (50, 3, (2, 5, 7))
-    assert inputs.submission([1] * 80, params, (), 100).max_tokens == 20  # ends at max_model_len, as in vLLM
+    assert inputs.submission([1] * 80, params, (), 100, 300).max_tokens == 20  # ends at max_model_len, as in vLLM
     params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-    s = inputs.submission([1, 2], params, (2, 5), 100)
-    assert (s.max_tokens, s.stop_token_ids) == (98, ())
+    s = inputs.submission([1, 2], params, (2, 5), 100, 300)
+    assert (s.max_tokens, s.stop_token_ids, s.sampling) == (98, (), None)
+    with pytest.raises(ValueError, match="stop_token_ids has 300: integers of 0 to 299"):
+        inputs.submission([1, 2], SamplingParams(stop_token_ids=[300]), (2, 5), 100, 300)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 
 import pytest
 
@@ -82,6 +83,54 @@ def test_stream_is_generate_bit_by_bit(llm):
     assert [s.finish_reason for s in steps] == [None] * 11 + ["length"]
 
 
+def drawn(**options) -> SamplingParams:
+    return SamplingParams(**{"seed": 5, "max_tokens": 12, "ignore_eos": True, **options})
+
+
+def test_a_seed_draws_the_same_tokens_whatever_the_company(llm):
+    params = drawn(temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
+    alone = ids(llm.generate(PROMPT, params)[0])
+    together = llm.generate([[7] * 9, PROMPT, [3], PROMPT], [drawn(seed=None, max_tokens=30), params, greedy(), params])
+    assert ids(together[1]) == ids(together[3]) == alone
+    assert alone != ids(llm.generate(PROMPT, drawn(seed=6))[0])
+    assert ids(llm.generate(PROMPT, drawn(seed=None))[0]) != ids(llm.generate(PROMPT, drawn(seed=None))[0])
+
+
+def test_several_completions(llm):
+    one, two = llm.generate([PROMPT, [4, 4]], [drawn(n=3), drawn()])
+    assert [c.index for c in one.outputs] == [0, 1, 2] and len(two.outputs) == 1
+    alone = [ids(llm.generate(PROMPT, drawn(seed=5 + i))[0]) for i in range(3)]
+    assert [c.token_ids for c in one.outputs] == alone
+    with pytest.raises(ValueError, match="a stream has one completion"):
+        llm.stream(PROMPT, drawn(n=2))
+
+
+def test_logprobs_are_vllm_shaped(llm):
+    """Eight requests at once: more records than the ring holds."""
+    for output in llm.generate([[i + 1, 40] for i in range(8)], drawn(logprobs=20, max_tokens=60)):
+        (completion,) = output.outputs
+        assert len(completion.logprobs) == 60
+        for token, found in zip(completion.token_ids, completion.logprobs, strict=True):
+            assert next(iter(found)) == token and 20 <= len(found) <= 21
+            best = sorted(found.values(), key=lambda one: one.rank)[:20]
+            assert [one.rank for one in best] == list(range(1, 21))
+            assert all(a.logprob >= b.logprob for a, b in pairwise(best))
+            assert found[token].decoded_token is None and found[token].logprob < 0
+        own = [found[token].logprob for token, found in zip(completion.token_ids, completion.logprobs, strict=True)]
+        assert completion.cumulative_logprob == pytest.approx(sum(own))
+    steps = list(llm.stream(PROMPT, greedy(logprobs=0, max_tokens=3)))
+    assert [list(one.logprobs[0]) for one in steps] == [list(one.token_ids) for one in steps]
+    assert all(one.logprobs[0][one.token_ids[0]].rank == 1 for one in steps)
+
+
+def test_min_tokens_masks_end_tokens(llm):
+    """They are not drawn, rather than drawn and ignored; EOS is masked also with ignore_eos, as in vLLM."""
+    free = ids(llm.generate(PROMPT, greedy())[0])
+    output = llm.generate(PROMPT, greedy(stop_token_ids=free[:2], min_tokens=6))[0]
+    assert not set(ids(output)[:6]) & {*free[:2], CONFIG["eos_token_id"]}
+    assert ids(output) != free
+
+
 def test_dropping_a_stream_cancels(llm):
     stream = llm.stream(PROMPT, greedy(max_tokens=200))
     next(stream)
@@ -105,7 +154,8 @@ def test_an_exception_while_streaming_cancels(llm):
         ([], greedy(), "empty"),
         ([[]], greedy(), "no tokens"),
         ([1] * 256, greedy(), "at most 255"),
-        (PROMPT, SamplingParams(), "temperature"),
+        (PROMPT, greedy(stop_token_ids=[301]), "stop_token_ids has 301"),
+        (PROMPT, SamplingParams(min_tokens=1, stop_token_ids=range(1, 17), max_tokens=2), "at most 16"),
         (PROMPT, greedy(stop="x"), "no tokenizer"),
         ([PROMPT, PROMPT], [greedy()], "sampling_params"),
     ],
@@ -152,6 +202,19 @@ def test_generate_json(folder, capsys):
     assert re.fullmatch(r"\[imex\] kernel: resident, \d+ blocks, sim", lines[-1])
 
 
+def test_generate_draws_as_the_flags_say(folder, capsys):
+    command = ["generate", folder, "--load-format", "dummy", "--device", "sim", "--max-model-len", "128", "--json"]
+    command += ["--prompt-token-ids", "5,6,7,8", "--max-tokens", "8", "--temperature", "1.2", "--top-k", "50", "--top-p", "0.9"]
+    command += ["--min-p", "0.01", "--repetition-penalty", "1.1", "--presence-penalty", "0.1", "--frequency-penalty", "0.1"]
+    results = []
+    for seed in ("3", "3", None):
+        assert main([*command, "--logprobs", "2", "--stop-token-ids", "299,300", *(["--seed", seed] if seed else [])]) == 0
+        results.append(json.loads(capsys.readouterr().out)["outputs"][0])
+    assert results[0] == results[1] != results[2]
+    assert [len(found) >= 2 for found in results[0]["logprobs"]] == [True] * len(results[0]["token_ids"])
+    assert set(results[0]["logprobs"][0][0]) == {"token_id", "logprob", "rank", "decoded_token"}
+
+
 def test_demo_ends_with_its_line(folder, capsys):
     assert main(["demo", "--model", folder, "--load-format", "dummy", "--device", "sim", "--max-model-len", "128"]) == 0
     out = capsys.readouterr().out.splitlines()
@@ -168,6 +231,9 @@ def test_demo_ends_with_its_line(folder, capsys):
         (["generate", "MODEL", "--prompt", "x", "--device", "sim", "--max-model-len", "9999"], "use at most 4096"),
         (["generate", "MODEL", "--prompt", "x", "--temperature", "-1"], "temperature is -1.0"),
         (["generate", "MODEL", "--prompt-token-ids", "1,x"], "comma-separated"),
+        (["generate", "MODEL", "--prompt-token-ids", "1", "--stop-token-ids", "1,x"], "--stop-token-ids is '1,x'"),
+        (["generate", "MODEL", "--prompt-token-ids", "1", "--top-p", "0"], "top_p is 0.0"),
+        (["generate", "MODEL", "--prompt-token-ids", "1", "--logprobs", "2"], "add --json"),
         (["generate", "MODEL", "--prompt-token-ids", "1", "--chat"], "--chat needs text"),
         (["generate", "MODEL", "--prompt", "x", "--what"], "--what"),
         (["nothing"], "nothing"),

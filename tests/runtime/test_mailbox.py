@@ -130,7 +130,7 @@ def test_poll_takes_at_most_its_limit(make_box):
     assert len(box.mailbox.poll()) == 6
 
 
-@pytest.mark.parametrize("bad", [{"slot": 2}, {"prompt": [1] * 300}])
+@pytest.mark.parametrize("bad", [{"slot": 2}, {"prompt": [1] * 400}])
 def test_what_does_not_fit_the_arena_is_refused(make_box, bad):
     box = make_box()
     with pytest.raises(ValueError, match="does not fit"):

@@ -94,10 +94,12 @@ class Kernel(KernelRun):
 
         for i, r in enumerate(requests):
             pages = self.table[i, : -(-r.positions // self.configuration.case.page_size)]
-            body = [*r.prompt, *(int(p) for p in pages), *r.stop]
+            words = r.sampling.words if r.sampling else ()
+            body = [*r.prompt, *(int(p) for p in pages), *r.stop, *words]
             arena[at : at + len(body)] = body
             put(Command.SUBMIT, request=i, slot=i, arena=at, prompt_len=len(r.prompt), num_pages=len(pages), num_stop=len(r.stop),
-                max_tokens=r.max_tokens, min_tokens=r.min_tokens)  # fmt: skip
+                max_tokens=r.max_tokens, min_tokens=r.min_tokens, draw=r.sampling.draw if r.sampling else 0,
+                num_logprobs=r.sampling.num_logprobs if r.sampling else 0)  # fmt: skip
             at += len(body)
         for i, r in enumerate(requests):
             if r.cancel_after is not None:

@@ -6,13 +6,15 @@ round-robin run that the others are compared with are made once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from imex_persist import planner
+from imex_persist import SamplingParams, planner
 from imex_persist.abi import Strategy
+from imex_persist.runtime.sampling import Sampling, sampling_of
 from tests.kernel.cases import Case, model
+from tests.kernel.drawing import random_params
 
 SALT = 6
 SCHEDULES = 12
@@ -26,6 +28,7 @@ class Request:
     max_tokens: int
     stop: tuple[int, ...] = ()
     min_tokens: int = 0
+    sampling: Sampling | None = None
     cancel_after: int | None = None  # looks of the mailbox at its ring between the last submit and the cancel
 
     @property
@@ -52,7 +55,7 @@ class Configuration:
             f"LANES={self.lanes}, {o['world_size']} ranks x {self.case.num_blocks} blocks, {exchange}, {o['max_rows']} rows, "
             f"{o['down_slices']} down slices, ring {self.max_stages}/{self.window}, epochs of {self.renew_steps} steps, "
             f"hidden {c.hidden_size}, {c.num_hidden_layers} layers, "
-            f"requests {[(len(r.prompt), r.max_tokens, r.cancel_after) for r in self.requests]}"
+            f"requests {[(len(r.prompt), r.max_tokens, r.sampling and r.sampling.draw.name, r.cancel_after) for r in self.requests]}"
         )
 
 
@@ -81,6 +84,19 @@ def _requests(rng: np.random.Generator, vocab: int, rows: int, page: int, count:
             )
         )
     return requests
+
+
+def _drawn(number: int, requests: list[Request], vocab_size: int) -> list[Request]:
+    """Some requests are not plainly greedy; of them one in three wants log-probabilities."""
+    rng, out = np.random.default_rng([SALT, 2, number]), []
+    for r in requests:
+        fields = random_params(rng, vocab_size) | {"max_tokens": r.max_tokens, "stop_token_ids": r.stop, "min_tokens": 0}
+        if rng.integers(3) == 0:
+            fields["logprobs"] = int(rng.choice([0, 3, 20]))
+        masks = min(r.min_tokens, r.max_tokens)
+        sampling = sampling_of(SamplingParams(**fields), len(r.prompt), masks, (), vocab_size)
+        out.append(replace(r, sampling=sampling) if rng.integers(2) else r)
+    return out
 
 
 def configuration(number: int, lanes: int | None = None) -> Configuration:
@@ -113,7 +129,8 @@ def configuration(number: int, lanes: int | None = None) -> Configuration:
     requests = _requests(rng, config.vocab_size, rows, page, count, 32 if many else lanes)
     if rng.integers(4) == 0:
         last = requests[-1]
-        requests[-1] = Request(last.prompt, last.max_tokens + 4, last.stop, last.min_tokens, int(rng.integers(0, 40)))
+        requests[-1] = replace(last, max_tokens=last.max_tokens + 4, cancel_after=int(rng.integers(0, 40)))
+    requests = _drawn(number, requests, config.vocab_size)
     options = {
         "world_size": world, "max_rows": rows, "num_slots": count, "max_model_len": max(r.positions for r in requests),
         "strategy": strategy, "one_shot_rows": None if one_shot_rows is None else min(one_shot_rows, rows),

@@ -44,7 +44,7 @@ def read_records(configuration: Configuration, records: np.ndarray, num_commands
     expect(acks == list(range(1, num_commands + 1)), f"acknowledged were {acks}")
     seen = Observation([], [])
     for i, request in enumerate(configuration.requests):
-        mine = [r for r in records if r["request"] == i and r["kind"] != Record.ACK]
+        mine = [r for r in records if r["request"] == i and r["kind"] not in (Record.ACK, Record.LOGPROB)]
         kinds = [int(r["kind"]) for r in mine]
         expect(kinds == [Record.TOKEN] * (len(mine) - 1) + [Record.RELEASE], f"request {i} has records {kinds}")
         tokens, ends = [int(r["token"]) for r in mine[:-1]], [int(r["finish"]) for r in mine]
@@ -85,7 +85,7 @@ def last_rows(shape: np.void, plans: np.ndarray) -> list[tuple[int, int, bool]]:
         return []
     expect(epochs[1 - newest, 0] == epochs[newest, 0] - 1, "the last two plans are not of neighbouring steps")
     rows = last[abi.PLAN_HEADER_WORDS :].reshape(-1, abi.PLAN_ROW_WORDS)[:count]
-    return [(int(r[2] & ~abi.ROW_SAMPLES), int(r[1]), bool(r[2] & abi.ROW_SAMPLES)) for r in rows]
+    return [(int(r[2] & abi.ROW_SLOT), int(r[1]), bool(r[2] & abi.ROW_SAMPLES)) for r in rows]
 
 
 def observe_rows(seen: Observation, rank: int, shape: np.void, tap: np.ndarray, rows: list[tuple[int, int, bool]]) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import pytest
 
+from imex_persist.abi import Draw
+
 from . import drills
 from .campaign import describe, replay_command, run_seeds
 from .configuration import SCHEDULES, configuration, schedule
@@ -58,6 +60,8 @@ def test_what_is_drawn():
     assert {len(c.requests) for c in drawn} == {1, 2, 3}
     assert {c.lanes for c in drawn} == {1, 32}
     assert sum(any(r.cancel_after is not None for r in c.requests) for c in drawn) > 20
+    drawn_by = [r.sampling.draw for c in drawn for r in c.requests if r.sampling]
+    assert min(drawn_by.count(draw) for draw in (Draw.MASKED, Draw.SAMPLED, Draw.ALL)) > 3
     assert any(len(r.prompt) > 256 for c in drawn for r in c.requests)
     schedules = [schedule(seed).options for seed in range(200)]
     for name in ("delay_stores", "delay_copies", "split_words", "stalls"):

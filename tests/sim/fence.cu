@@ -16,7 +16,8 @@ DEV u32 word_of(u32 block, u32 round) { return (round % 2 * shape().num_blocks +
 DEV bool swap(Me& me, u32 round) {
   const u32 thread = warp_index() * LANES + lane_index(), rank = partner_rank(me), block = partner_block(me), epoch = round + 1;
   u32* theirs = values_of(me, rank, block, round);
-  for (u32 i = thread; i < kValues; i += kLitmusThreads) store_global(theirs + i, payload_of(me.params->rank, me.block, i, epoch));
+  for (u32 i = thread; i < kValues; i += kLitmusThreads)
+    store_global(theirs + i, payload_of(me.params->rank, me.block, i, epoch));
   consumer_sync();
   if (thread == 0) {
 #if defined(BUG_WRITER_SCOPE)

@@ -15,7 +15,8 @@ DEV u64* word_of(const Me& me, u32 block, u32 which) { return me.words + (block 
 DEV void write(Me& me, u32 round) {
   const u32 thread = warp_index() * LANES + lane_index();
   u32* page = page_of(me, me.block);
-  for (u32 i = thread; i < kValues; i += kLitmusThreads) store_global(page + i, payload_of(me.params->rank, me.block, i, round + 1));
+  for (u32 i = thread; i < kValues; i += kLitmusThreads)
+    store_global(page + i, payload_of(me.params->rank, me.block, i, round + 1));
 #ifndef BUG_NO_BARRIER
   consumer_sync();
 #endif
@@ -38,7 +39,8 @@ DEV void learn(Me& me, Shared* s, u32 round) {  // one consumer of the reading b
 #endif
   mbar_arrive(&s->told);
   u32 wrong = 0;
-  for (u32 i = 0; i < kValues; i++) wrong += load_global(page_of(me, from) + i) != payload_of(me.params->rank, from, i, round + 1);
+  for (u32 i = 0; i < kValues; i++)
+    wrong += load_global(page_of(me, from) + i) != payload_of(me.params->rank, from, i, round + 1);
   if (wrong && !me.waiter.failed) atomic_add_gpu(counts(me) + kWrong, wrong);
 }
 

@@ -20,7 +20,9 @@ DEV bool give_up(const RankParams* params, Phase, u32, Wait kind, bool idle, u32
   return true;
 }
 
-DEV bool aborted(const RankParams* params) { return load_relaxed_sys((u32*)((u64*)params->peers[params->rank] + shape().off_abort)); }
+DEV bool aborted(const RankParams* params) {
+  return load_relaxed_sys((u32*)((u64*)params->peers[params->rank] + shape().off_abort));
+}
 
 struct Me {
   const RankParams* params;
@@ -64,7 +66,8 @@ template <class There>
 DEV bool look_until(Me& me, u32 expected, There there) {
   const u64 began = timer_ns();
   for (u32 polls = 1; !there(); polls++) {
-    if (polls % kPollsPerCheck == 0 && give_up(me.params, Phase::kEmbed, 0, Wait::kWords, false, partner_rank(me), expected, 0, began))
+    if (polls % kPollsPerCheck == 0 &&
+        give_up(me.params, Phase::kEmbed, 0, Wait::kWords, false, partner_rank(me), expected, 0, began))
       return false;
     mailbox_pause(polls);
   }

@@ -10,7 +10,9 @@ constexpr u32 kFirstRecord = 1 << 20;
 
 DEV bool swap(Me& me, u32 round) {
   const u32 rank = partner_rank(me), block = partner_block(me), epoch = round + 1, thread = warp_index() * LANES + lane_index();
-  auto record_of = [&](u32 r, u32 b) { return (u32*)((char*)me.params->peers[r] + kFirstRecord) + (b * kLitmusThreads + thread) * 8; };
+  auto record_of = [&](u32 r, u32 b) {
+    return (u32*)((char*)me.params->peers[r] + kFirstRecord) + (b * kLitmusThreads + thread) * 8;
+  };
   auto word_of = [&](u32 b) { return (b * kLitmusThreads + thread) * 2; };
   u32* theirs = record_of(rank, block);
   for (u32 i = 1; i < 8; i++) store_relaxed_sys(theirs + i, payload_of(me.params->rank, me.block, thread * 8 + i, epoch));

@@ -15,7 +15,8 @@ DEV bool exchange(Me& me, u32 which, u32 epoch) {
   for (u32 i = thread; i < sources; i += kLitmusThreads) {
     u32 out[1][2];
     wait_words<1>(
-        me.waiter, Wait::kWords, false, epoch, 1, [&](int) { return me.words + offset + 2 * i; }, [&](int) { return i / blocks; }, out);
+        me.waiter, Wait::kWords, false, epoch, 1, [&](int) { return me.words + offset + 2 * i; },
+        [&](int) { return i / blocks; }, out);
     u32 wrong = 0;
     for (u32 j = 0; j < 2; j++) wrong += out[0][j] != payload_of(i / blocks, i % blocks, which + 2 * j, epoch);
     if (wrong && !me.waiter.failed) atomic_add_gpu(counts(me) + kWrong, wrong);

@@ -1,6 +1,7 @@
 // The tensor-core primitives of one warp. Shape.only_phase 0: a unit, tile bf16 [hidden_size / 32, 8, 32] (RankParams.qkv) times
 // x bf16 [hidden_size / 32, max_rows, 32] (o_proj); tap: float [max_rows, 8]. 1: attention of num_heads heads over num_layers positions
-// in chunks (kv), q bf16 [head_dim / 32, heads, 32] (o_proj); tap: float [heads, head_dim + 2]. 2: fast_exp of float [num_layers] (qkv).
+// in chunks (kv), q bf16 [head_dim / 32, heads, 32] (o_proj); tap: float [heads, head_dim + 2]. 2: fast_exp, 3: natural_log of
+// float [num_layers] (qkv).
 #include "litmus.cuh"
 
 KERNEL decode(const GRID_CONSTANT imex::LaunchParams p) {
@@ -39,7 +40,7 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams p) {
     results = s.num_heads * (s.head_dim + 2);
   } else {
     for (u32 i = lane_index(); i < s.num_layers; i += LANES)
-      part[i] = fast_exp(bits_float(load_const((const u32*)me.params->qkv + i)));
+      part[i] = (s.only_phase == 2 ? fast_exp : natural_log)(bits_float(load_const((const u32*)me.params->qkv + i)));
     results = s.num_layers;
   }
   warp_sync();

@@ -110,3 +110,10 @@ def test_exp(lanes):
     assert got[1000:1003].tolist() == [1, 0, 0]
     assert np.isinf(got[1003])
     assert np.isnan(got[1004])
+
+
+@LANES
+def test_log(lanes):
+    x = np.concatenate([np.geomspace(1e-37, 3e38, 2000), 1 + np.linspace(-0.3, 0.4, 1001)]).astype(np.float32)
+    got = launch(lanes, {"qkv": x}, len(x), only_phase=3, num_layers=len(x))
+    np.testing.assert_allclose(got, np.log(x.astype(np.float64)), rtol=3e-7, atol=1e-12)
