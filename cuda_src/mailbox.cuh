@@ -56,7 +56,7 @@ struct MailboxWarp {
   u32 tickets;
   u32 heartbeat;  // the host's, and when it last changed
   u64 heard_ns;
-  u32 next_align;  // trace.cuh
+  u32 next_align;          // trace.cuh
   u32 turn = 0;            // the slot that is dealt a row first (choose_rows)
   bool new_pages = false;  // a page table was written since the last plan
 };
