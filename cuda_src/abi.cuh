@@ -106,6 +106,15 @@ enum class Mark : unsigned int {
   kMet = 7,
 };
 
+// What a launch of cuda_src/bench/floor.cu measures.
+enum class Probe : unsigned int {
+  kRead = 0,
+  kGather = 1,
+  kBarrier = 2,
+  kEcho = 3,
+  kPing = 4,
+};
+
 struct Shape {
   unsigned int hidden_size;
   unsigned int num_layers;
@@ -336,6 +345,31 @@ IMEX_OFFSET(FaultRecord, expected, 24);
 IMEX_OFFSET(FaultRecord, seen, 28);
 IMEX_OFFSET(FaultRecord, waited_us, 32);
 IMEX_OFFSET(FaultRecord, source, 36);
+
+struct ProbeJob {
+  unsigned int probe;
+  unsigned int iterations;
+  unsigned int warmup;
+  unsigned int epoch;
+  unsigned int partner;
+  unsigned int _pad;
+  unsigned long long data;
+  unsigned long long bytes;
+  unsigned long long host;
+  unsigned long long times;
+  unsigned long long result;
+};
+static_assert(sizeof(ProbeJob) == 64);
+IMEX_OFFSET(ProbeJob, probe, 0);
+IMEX_OFFSET(ProbeJob, iterations, 4);
+IMEX_OFFSET(ProbeJob, warmup, 8);
+IMEX_OFFSET(ProbeJob, epoch, 12);
+IMEX_OFFSET(ProbeJob, partner, 16);
+IMEX_OFFSET(ProbeJob, data, 24);
+IMEX_OFFSET(ProbeJob, bytes, 32);
+IMEX_OFFSET(ProbeJob, host, 40);
+IMEX_OFFSET(ProbeJob, times, 48);
+IMEX_OFFSET(ProbeJob, result, 56);
 
 struct MailboxHeader {
   unsigned int heartbeat;

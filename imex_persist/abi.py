@@ -119,6 +119,16 @@ class Mark(enum.IntEnum):
     MET = 7  # the block's warps have met: the slowest is done with the phase before, and its activations may be overwritten
 
 
+class Probe(enum.IntEnum):
+    """What a launch of cuda_src/bench/floor.cu measures."""
+
+    READ = 0  # device memory through the ring, as weights are read
+    GATHER = 1  # words that are there already, by every block
+    BARRIER = 2  # a word of every block to every block
+    ECHO = 3  # a word from the host and back
+    PING = 4  # a word to another rank and back
+
+
 # ------------------------------------------------------------------------------------------------ structs
 def _struct(*fields: tuple) -> np.dtype:
     return np.dtype(list(fields), align=True)
@@ -255,6 +265,20 @@ FaultRecord = _struct(  # device -> host, one a rank; `valid` is stored last, wi
     ("_reserved", "u4", 6),
 )
 
+ProbeJob = _struct(  # what a kernel of cuda_src/bench is to do, in device memory; RankParams.tap points to it
+    ("probe", "u4"),  # Probe; the exchange kernel has one job only
+    ("iterations", "u4"),  # that are timed
+    ("warmup", "u4"),  # before them
+    ("epoch", "u4"),  # the last one that words in memory carry
+    ("partner", "u4"),  # the other rank of a PING
+    ("_pad", "u4"),
+    ("data", "u8"),  # what is read
+    ("bytes", "u8"),  # of it
+    ("host", "u8"),  # mapped host memory: a line that the host writes, a line that the device writes
+    ("times", "u8"),  # u64 [num_blocks, 2]: timer of every block when the timed iterations began and ended
+    ("result", "u8"),
+)
+
 MailboxHeader = _struct(  # each writer has 64-byte lines of its own
     ("heartbeat", "u4"),  # host: changes at least every second while the host lives
     ("records_read", "u4"),  # host: records consumed so far
@@ -279,10 +303,11 @@ STRUCTS = {
     "TokenRecord": TokenRecord,
     "TraceEvent": TraceEvent,
     "FaultRecord": FaultRecord,
+    "ProbeJob": ProbeJob,
     "MailboxHeader": MailboxHeader,
     "Mailbox": Mailbox,
 }
-ENUMS = (Phase, Wait, Command, Record, Finish, Strategy, Mark)
+ENUMS = (Phase, Wait, Command, Record, Finish, Strategy, Mark, Probe)
 CONSTANTS = (
     "MAX_RANKS MAX_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS "
     "ADDER_WARPS TRACE_WRITERS ALIGN_ROUNDS ALIGN_EVERY ALIGN_SLOTS NUM_WARPS PART_SLOTS MAX_STOP_IDS "

@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_trace(commands)
     _add_front(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -102,6 +103,15 @@ def _add_front(commands) -> None:
     from imex_persist.front import commands as front
 
     front.add_commands(lambda name, run, text: _command(commands, name, run, text))
+
+
+def _add_bench(commands) -> None:
+    from imex_persist.bench import command as bench
+
+    text = "Times beside their bounds, and beside what others offer."
+    group = commands.add_parser("bench", help=text, description=text, allow_abbrev=False)
+    benches = group.add_subparsers(metavar="WHAT", required=True)
+    bench.add_commands(lambda name, run, text: _command(benches, name, run, text))
 
 
 # -------------------------------------------------------------------------------------------------- generate

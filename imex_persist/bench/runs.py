@@ -1,0 +1,120 @@
+"""The benchmark commands from arguments to tables: the ceiling first, on the same cards, then what is measured against it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from imex_persist import abi
+from imex_persist.bench import decode as decode_bench
+from imex_persist.bench import doorbell as doorbell_bench
+from imex_persist.bench import facts, tables
+from imex_persist.bench import floor as floor_bench
+from imex_persist.bench import latency as latency_bench
+from imex_persist.bench.floor import Ceiling
+from imex_persist.bench.ranks import Ranks
+from imex_persist.front import settings
+from imex_persist.model.locate import shape_names
+from imex_persist.runtime.placement import place_ranks
+
+KERNEL = "num_blocks max_rows ring_stages window down_slices one_shot_rows max_splits page_size smem_bytes".split()
+
+
+def decode(args: argparse.Namespace) -> int:
+    if args.steps < 2:
+        raise ValueError(f"--steps is {args.steps}: at least 2 are needed to time what lies between tokens")
+    if not args.rows or (not args.context and not args.n_prompt):
+        raise ValueError("--rows, and --context or --n-prompt, need at least one number above 0")
+    plan = decode_bench.Plan(args.context, args.rows if args.context else [], args.n_prompt, args.steps)
+    run = _Run("decode", args, {**plan.settings(), "max_rows": args.max_rows or max(args.rows)})
+    with run.engine() as llm:
+        run.record["rows"] = decode_bench.measure(llm, plan, run.ceiling, run.look_at_clocks)
+    return run.end(tables.print_decode)
+
+
+def latency(args: argparse.Namespace) -> int:
+    for name in ("input_len", "output_len", "batch_size", "num_iters"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: at least 1 is needed")
+    sizes = dict(input_len=args.input_len, output_len=args.output_len, batch_size=args.batch_size)
+    run = _Run("latency", args, latency_bench.settings(**sizes))
+    with run.engine() as llm:
+        run.record |= latency_bench.measure(
+            llm, run.ceiling, **sizes, warmup=max(0, args.num_iters_warmup), iters=args.num_iters
+        )
+        run.look_at_clocks()
+    return run.end(tables.print_latency)
+
+
+def doorbell(args: argparse.Namespace) -> int:
+    run = _Run("doorbell", args, doorbell_bench.settings())
+    with run.engine() as llm:
+        run.record |= doorbell_bench.measure(llm)
+    return run.end(tables.print_doorbell)
+
+
+def floor(args: argparse.Namespace) -> int:
+    run = _Run("floor", args, {})
+    with Ranks(run.placement) as ranks:
+        run.record["read"] = _ceiling_fields(floor_bench.measure_read(ranks))
+        run.look_at_clocks()
+        run.record["gather"] = floor_bench.measure_gathers(ranks)
+        run.record["barrier_us"] = floor_bench.measure_barrier(ranks)
+        run.record["num_blocks"] = int(floor_bench.shape_for(ranks)["num_blocks"])
+        run.record["peers_one_way"] = floor_bench.measure_pings(ranks)
+    run.record["doorbell"] = floor_bench.measure_echo(run.placement)
+    return run.end(tables.print_floor)
+
+
+class _Run:
+    """One command: where it runs, and the JSON object that it makes. `needed` are settings of the engine that the bench decides."""
+
+    def __init__(self, name: str, args: argparse.Namespace, needed: dict):
+        self._args, self._needed = args, needed
+        self.placement = place_ranks(args.device, args.tensor_parallel_size)
+        self.record: dict = {
+            "bench": name,
+            "where": facts.where(self.placement),
+            "tensor_parallel_size": args.tensor_parallel_size,
+        }
+        self.ceiling: Ceiling | None = None
+
+    @contextmanager
+    def engine(self) -> Iterator:
+        """The LLM, after the read ceiling of its cards was measured."""
+        from imex_persist import LLM
+
+        model = settings.require_model(self._args)
+        given = settings.chosen(self._args) | self._needed
+        if given["load_format"] == "auto" and model in shape_names():
+            given["load_format"] = "dummy"
+        self.ceiling = floor_bench.read_ceiling(self.placement)
+        self.record |= {"model": model, "load_format": given["load_format"], "read": _ceiling_fields(self.ceiling)}
+        with LLM(model, **given) as llm:
+            shape = llm.shape
+            self.record["kernel"] = {name: int(shape[name]) for name in KERNEL}
+            self.record["kernel"]["strategy"] = abi.Strategy(int(shape["strategy"])).name
+            yield llm
+
+    def look_at_clocks(self) -> None:
+        self.record["busy"] = facts.clocks(self.placement)
+
+    def end(self, show) -> int:
+        if self._args.output_json:
+            Path(self._args.output_json).write_text(json.dumps(self.record, indent=1) + "\n")
+        if self._args.json:
+            print(json.dumps(self.record))
+        else:
+            show(self.record)
+            for line in facts.describe(self.record["where"], self.record.get("busy")):
+                print(line)
+        return 0
+
+
+def _ceiling_fields(ceiling: Ceiling) -> dict:
+    """TB/s by rank, and by rank and tiles in flight."""
+    by_window = {str(w): {str(r): rate / 1e12 for r, rate in one.items()} for w, one in ceiling.by_window.items()}
+    return {"tb_s": {str(rank): rate / 1e12 for rank, rate in ceiling.by_rank.items()}, "by_window": by_window}

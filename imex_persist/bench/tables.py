@@ -1,0 +1,75 @@
+"""The benchmarks' tables on stdout, from their JSON objects."""
+
+from __future__ import annotations
+
+from imex_persist.front.tables import print_table
+
+
+def print_decode(r: dict) -> None:
+    columns = ("test", "rows", "ms/step", "floor ms", "ratio", "host ms", "p99 ms", "GB", "TB/s", "tok/s")
+    print_table(_title(r), columns, [_step(row) for row in r["rows"]])
+    _print_ceiling(r)
+
+
+def _step(row: dict) -> tuple:
+    return (
+        row["test"],
+        row["rows"],
+        f"{row['us'] / 1e3:.4f}",
+        f"{row['bound_us'] / 1e3:.4f}",
+        f"{row['ratio']:.3f}",
+        f"{row['host_us'] / 1e3:.4f}",
+        f"{row['p99_us'] / 1e3:.4f}" if "p99_us" in row else None,
+        f"{row['bytes'] / 1e9:.3f}",
+        f"{row['bytes'] / row['us'] / 1e6:.3f}",
+        f"{row['tokens_per_s']:.1f}",
+    )
+
+
+def print_latency(r: dict) -> None:
+    what = f"{r['batch_size']} x ({r['input_len']} in, {r['output_len']} out), {r['num_iters']} rounds"
+    names = ("average", "floor", "ratio", *(f"{p} %" for p in r["percentiles"]), "median step")
+    values = [f"{1e3 * r['avg_latency']:.3f} ms", f"{1e3 * r['bound']:.3f} ms", f"{r['ratio']:.3f}"]
+    values += [f"{1e3 * s:.3f} ms" for s in r["percentiles"].values()]
+    values.append(None if r["step_us"] is None else f"{r['step_us'] / 1e3:.4f} ms")
+    print_table(f"{_title(r)}: {what}", ("latency", "value"), zip(names, values, strict=True))
+    _print_ceiling(r)
+
+
+def print_doorbell(r: dict) -> None:
+    columns = ("CPU -> kernel -> CPU", "median µs", "p99 µs", "min µs")
+    rows = [
+        (name, *(f"{r[key][field]:.2f}" for field in ("median_us", "p99_us", "min_us")))
+        for name, key in (("no-op descriptor", "noop"), ("the same after 10 ms of idleness", "noop_after_idle"))
+    ]
+    print_table(_title(r), columns, rows)
+    print(
+        f"first token of an idle kernel: {r['first_token_us']:.1f} µs, a step takes {r['step_us']:.1f} µs, "
+        f"so {r['first_token_beyond_us']:.1f} µs beyond it"
+    )
+
+
+def print_floor(r: dict) -> None:
+    ranks = sorted(r["read"]["tb_s"], key=int)
+    rows = [(f"{w} tiles", *(f"{r['read']['by_window'][w][k]:.3f}" for k in ranks)) for w in r["read"]["by_window"]]
+    print_table("read, bulk copies of 16 KB through the ring, TB/s", ("in flight an SM", *(f"rank {k}" for k in ranks)), rows)
+    rows = [(row["words"], f"{row['us']:.2f}", f"{row['gb_s']:.0f}") for row in r["gather"]]
+    print_table(f"every block of {r['num_blocks']} reads all words of L2", ("words", "µs", "GB/s in all"), rows)
+    rows = [(f"barrier of {r['num_blocks']} blocks, a word of each to each", f"{r['barrier_us']:.2f}")]
+    rows.append(("CPU -> GPU -> CPU, a word in mapped memory", f"{r['doorbell']['median_us']:.2f}"))
+    rows += [
+        (f"one way by a tagged word, ranks {p['pair'][0]} and {p['pair'][1]}", f"{p['us']:.2f}") for p in r["peers_one_way"]
+    ]
+    print_table("latencies", ("what", "µs"), rows)
+
+
+def _title(r: dict) -> str:
+    kernel, tp = r["kernel"], r["tensor_parallel_size"]
+    made = f"{kernel['num_blocks']} blocks, up to {kernel['max_rows']} rows a step"
+    exchange = f", {kernel['strategy']} above {kernel['one_shot_rows']} rows" if tp > 1 else ""
+    return f"{r['model']} ({r['load_format']}), {r['where']['device']}, TP {tp}, {made}{exchange}"
+
+
+def _print_ceiling(r: dict) -> None:
+    rates = r["read"]["tb_s"].values()
+    print(f"floor: bytes of a rank / read ceiling, {min(rates):.3f} TB/s, measured in this run on the same card")
