@@ -92,6 +92,7 @@ enum class Strategy : unsigned int {
   kOneShot = 0,
   kOneShotLocal = 1,
   kTwoShot = 2,
+  kSemaphore = 3,
 };
 
 // Kinds of TraceEvent: SENT by a block's adders, the others by one thread of its consumers. Waits are in clocks of the SM.
@@ -106,13 +107,15 @@ enum class Mark : unsigned int {
   kMet = 7,
 };
 
-// What a launch of cuda_src/bench/floor.cu measures.
+// What a launch of cuda_src/bench measures: floor.cu, or exchange.cu the last two.
 enum class Probe : unsigned int {
   kRead = 0,
   kGather = 1,
   kBarrier = 2,
   kEcho = 3,
   kPing = 4,
+  kAllReduce = 5,
+  kAllGather = 6,
 };
 
 struct Shape {
@@ -134,6 +137,7 @@ struct Shape {
   unsigned int max_rows;
   unsigned int one_shot_rows;
   unsigned int strategy;
+  unsigned int bf16_partials;
   unsigned int down_slices;
   unsigned int max_splits;
   unsigned int page_size;
@@ -165,7 +169,7 @@ struct Shape {
   unsigned int trace;
   unsigned int trace_every;
 };
-static_assert(sizeof(Shape) == 192);
+static_assert(sizeof(Shape) == 196);
 IMEX_OFFSET(Shape, hidden_size, 0);
 IMEX_OFFSET(Shape, num_layers, 4);
 IMEX_OFFSET(Shape, num_heads, 8);
@@ -184,36 +188,37 @@ IMEX_OFFSET(Shape, window, 56);
 IMEX_OFFSET(Shape, max_rows, 60);
 IMEX_OFFSET(Shape, one_shot_rows, 64);
 IMEX_OFFSET(Shape, strategy, 68);
-IMEX_OFFSET(Shape, down_slices, 72);
-IMEX_OFFSET(Shape, max_splits, 76);
-IMEX_OFFSET(Shape, page_size, 80);
-IMEX_OFFSET(Shape, num_pages, 84);
-IMEX_OFFSET(Shape, pages_per_slot, 88);
-IMEX_OFFSET(Shape, num_slots, 92);
-IMEX_OFFSET(Shape, off_plan, 96);
-IMEX_OFFSET(Shape, off_qkv, 100);
-IMEX_OFFSET(Shape, off_split, 104);
-IMEX_OFFSET(Shape, off_attn, 108);
-IMEX_OFFSET(Shape, off_o_part, 112);
-IMEX_OFFSET(Shape, off_o_sum, 116);
-IMEX_OFFSET(Shape, off_gate, 120);
-IMEX_OFFSET(Shape, off_down_part, 124);
-IMEX_OFFSET(Shape, off_down_sum, 128);
-IMEX_OFFSET(Shape, off_best, 132);
-IMEX_OFFSET(Shape, off_align, 136);
-IMEX_OFFSET(Shape, off_abort, 140);
-IMEX_OFFSET(Shape, symmetric_words, 144);
-IMEX_OFFSET(Shape, smem_x, 148);
-IMEX_OFFSET(Shape, smem_part, 152);
-IMEX_OFFSET(Shape, smem_residual, 156);
-IMEX_OFFSET(Shape, smem_rope, 160);
-IMEX_OFFSET(Shape, smem_ring, 164);
-IMEX_OFFSET(Shape, smem_bytes, 168);
-IMEX_OFFSET(Shape, tap, 172);
-IMEX_OFFSET(Shape, only_phase, 176);
-IMEX_OFFSET(Shape, only_layer, 180);
-IMEX_OFFSET(Shape, trace, 184);
-IMEX_OFFSET(Shape, trace_every, 188);
+IMEX_OFFSET(Shape, bf16_partials, 72);
+IMEX_OFFSET(Shape, down_slices, 76);
+IMEX_OFFSET(Shape, max_splits, 80);
+IMEX_OFFSET(Shape, page_size, 84);
+IMEX_OFFSET(Shape, num_pages, 88);
+IMEX_OFFSET(Shape, pages_per_slot, 92);
+IMEX_OFFSET(Shape, num_slots, 96);
+IMEX_OFFSET(Shape, off_plan, 100);
+IMEX_OFFSET(Shape, off_qkv, 104);
+IMEX_OFFSET(Shape, off_split, 108);
+IMEX_OFFSET(Shape, off_attn, 112);
+IMEX_OFFSET(Shape, off_o_part, 116);
+IMEX_OFFSET(Shape, off_o_sum, 120);
+IMEX_OFFSET(Shape, off_gate, 124);
+IMEX_OFFSET(Shape, off_down_part, 128);
+IMEX_OFFSET(Shape, off_down_sum, 132);
+IMEX_OFFSET(Shape, off_best, 136);
+IMEX_OFFSET(Shape, off_align, 140);
+IMEX_OFFSET(Shape, off_abort, 144);
+IMEX_OFFSET(Shape, symmetric_words, 148);
+IMEX_OFFSET(Shape, smem_x, 152);
+IMEX_OFFSET(Shape, smem_part, 156);
+IMEX_OFFSET(Shape, smem_residual, 160);
+IMEX_OFFSET(Shape, smem_rope, 164);
+IMEX_OFFSET(Shape, smem_ring, 168);
+IMEX_OFFSET(Shape, smem_bytes, 172);
+IMEX_OFFSET(Shape, tap, 176);
+IMEX_OFFSET(Shape, only_phase, 180);
+IMEX_OFFSET(Shape, only_layer, 184);
+IMEX_OFFSET(Shape, trace, 188);
+IMEX_OFFSET(Shape, trace_every, 192);
 
 struct RankParams {
   unsigned long long qkv;
@@ -352,6 +357,8 @@ struct ProbeJob {
   unsigned int warmup;
   unsigned int epoch;
   unsigned int partner;
+  unsigned int rows;
+  unsigned int fractions;
   unsigned int _pad;
   unsigned long long data;
   unsigned long long bytes;
@@ -359,17 +366,19 @@ struct ProbeJob {
   unsigned long long times;
   unsigned long long result;
 };
-static_assert(sizeof(ProbeJob) == 64);
+static_assert(sizeof(ProbeJob) == 72);
 IMEX_OFFSET(ProbeJob, probe, 0);
 IMEX_OFFSET(ProbeJob, iterations, 4);
 IMEX_OFFSET(ProbeJob, warmup, 8);
 IMEX_OFFSET(ProbeJob, epoch, 12);
 IMEX_OFFSET(ProbeJob, partner, 16);
-IMEX_OFFSET(ProbeJob, data, 24);
-IMEX_OFFSET(ProbeJob, bytes, 32);
-IMEX_OFFSET(ProbeJob, host, 40);
-IMEX_OFFSET(ProbeJob, times, 48);
-IMEX_OFFSET(ProbeJob, result, 56);
+IMEX_OFFSET(ProbeJob, rows, 20);
+IMEX_OFFSET(ProbeJob, fractions, 24);
+IMEX_OFFSET(ProbeJob, data, 32);
+IMEX_OFFSET(ProbeJob, bytes, 40);
+IMEX_OFFSET(ProbeJob, host, 48);
+IMEX_OFFSET(ProbeJob, times, 56);
+IMEX_OFFSET(ProbeJob, result, 64);
 
 struct MailboxHeader {
   unsigned int heartbeat;

@@ -102,6 +102,7 @@ class Strategy(enum.IntEnum):
     ONE_SHOT = 0  # every block reads every rank's words
     ONE_SHOT_LOCAL = 1  # a slice owner in each rank sums and publishes inside its GPU
     TWO_SHOT = 2  # one rank owns a slice, sums it and publishes to all ranks
+    SEMAPHORE = 3  # plain stores, a fence, a signal: the usual way, to compare with
 
 
 class Mark(enum.IntEnum):
@@ -120,13 +121,15 @@ class Mark(enum.IntEnum):
 
 
 class Probe(enum.IntEnum):
-    """What a launch of cuda_src/bench/floor.cu measures."""
+    """What a launch of cuda_src/bench measures: floor.cu, or exchange.cu the last two."""
 
     READ = 0  # device memory through the ring, as weights are read
     GATHER = 1  # words that are there already, by every block
     BARRIER = 2  # a word of every block to every block
     ECHO = 3  # a word from the host and back
     PING = 4  # a word to another rank and back
+    ALL_REDUCE = 5  # partial sums of all ranks, until every block has the whole sum
+    ALL_GATHER = 6  # parts of a vector, until every block has all of it
 
 
 # ------------------------------------------------------------------------------------------------ structs
@@ -156,6 +159,7 @@ Shape = _struct(
     ("max_rows", "u4"),
     ("one_shot_rows", "u4"),  # steps of at most so many rows exchange ONE_SHOT
     ("strategy", "u4"),  # Strategy of larger steps
+    ("bf16_partials", "u4"),  # 1: partial sums are rounded to bf16 before they are exchanged
     ("down_slices", "u4"),  # parts of down_proj's K; a block serves one
     ("max_splits", "u4"),
     ("page_size", "u4"),  # positions of a KV page
@@ -266,11 +270,13 @@ FaultRecord = _struct(  # device -> host, one a rank; `valid` is stored last, wi
 )
 
 ProbeJob = _struct(  # what a kernel of cuda_src/bench is to do, in device memory; RankParams.tap points to it
-    ("probe", "u4"),  # Probe; the exchange kernel has one job only
+    ("probe", "u4"),  # Probe
     ("iterations", "u4"),  # that are timed
     ("warmup", "u4"),  # before them
     ("epoch", "u4"),  # the last one that words in memory carry
     ("partner", "u4"),  # the other rank of a PING
+    ("rows", "u4"),  # of an exchange
+    ("fractions", "u4"),  # of an ALL_REDUCE: 0 adds small whole numbers, 1 fractions
     ("_pad", "u4"),
     ("data", "u8"),  # what is read
     ("bytes", "u8"),  # of it

@@ -18,7 +18,7 @@ DEV Block this_block(const LaunchParams& launch) {
   b.lane = lane_index();
   b.thread = b.warp * LANES + b.lane;
   b.step = b.num_units = b.num_lm_heads = b.num_events = b.tile_clocks = 0;
-  b.waiter = {b.params, 0, Phase::kEmbed, false};
+  b.waiter = {b.params, 0, Phase::kEmbed, false, 0};
   return b;
 }
 

@@ -18,7 +18,7 @@ DEV void produce_tiles(Block& b) {
 }
 DEV void read_tiles(Block& b) {
   note_time(b, 0);
-  skip_units(b);
+  skip_units(b, kTileK);
   note_time(b, 1);
 }
 

@@ -49,10 +49,16 @@ DEV float reciprocal_sqrt(float x) { return rsqrtf(x); }
 DEV u32 load_const(const u32* p) { return __ldg(p); }
 DEV u64 load_const(const u64* p) { return __ldg(p); }
 DEV float2 load_const(const float2* p) { return __ldg(p); }
-// Plain accesses: ordered only by the fences of the KV rule (kv.cuh).
+// Plain accesses: ordered only by the fences of the KV rule (kv.cuh) and of semaphore.cuh.
 DEV u32 load_global(const u32* p) { return *(const volatile u32*)p; }
+DEV float4 load_global(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+  return v;
+}
 DEV void store_global(u32* p, u32 v) { *p = v; }
 DEV void store_global(u16* p, u16 v) { *p = v; }
+DEV void store_global(float2* p, float2 v) { *p = v; }
 
 DEV u32 load_relaxed_sys(const u32* p) {
   u32 v;

@@ -85,6 +85,11 @@ DEV u32 load_global(const u32* p) {
   sim::tsan_read(p, sizeof *p);
   return sim::load_delayed(p);
 }
+DEV float4 load_global(const float4* p) {
+  const u32* words = (const u32*)p;
+  return {bits_float(load_global(words)), bits_float(load_global(words + 1)), bits_float(load_global(words + 2)),
+          bits_float(load_global(words + 3))};
+}
 template <class T>
 DEV void store_plain(T* p, T v) {
   sim::point();
@@ -98,6 +103,7 @@ DEV void store_plain(T* p, T v) {
 }
 DEV void store_global(u32* p, u32 v) { store_plain(p, v); }
 DEV void store_global(u16* p, u16 v) { store_plain(p, v); }
+DEV void store_global(float2* p, float2 v) { store_plain((u64*)p, (u64)float_bits(v.y) << 32 | float_bits(v.x)); }
 
 DEV u32 load_relaxed_sys(const u32* p) {
   sim::point();

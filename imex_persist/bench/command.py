@@ -40,6 +40,15 @@ def add_commands(add_command: AddCommand) -> None:
     settings.add_options(command, model=None)
 
     command = add_command(
+        "exchange", _run("exchange"), "The exchange alone: every strategy at every size, checked bit for bit."
+    )
+    _add_output(command)
+    add = command.add_argument
+    add("--sizes", type=numbers, default=list(SIZES), metavar="N,…", help="fp32 values to sum (default 512 … 32768)")
+    add("--hidden-size", type=int, default=4096, metavar="N", help="values of a row: more are rows (default %(default)s)")
+    settings.add_options(command, only=("tensor_parallel_size", "device"), tensor_parallel_size=2)
+
+    command = add_command(
         "floor", _run("floor"), "What the hardware allows: read ceiling, gathers, barrier, doorbell, one way to a peer."
     )
     _add_output(command)

@@ -11,6 +11,7 @@ from pathlib import Path
 from imex_persist import abi
 from imex_persist.bench import decode as decode_bench
 from imex_persist.bench import doorbell as doorbell_bench
+from imex_persist.bench import exchange as exchange_bench
 from imex_persist.bench import facts, tables
 from imex_persist.bench import floor as floor_bench
 from imex_persist.bench import latency as latency_bench
@@ -18,7 +19,7 @@ from imex_persist.bench.floor import Ceiling
 from imex_persist.bench.ranks import Ranks
 from imex_persist.front import settings
 from imex_persist.model.locate import shape_names
-from imex_persist.runtime.placement import place_ranks
+from imex_persist.runtime.placement import place_ranks, share_one_gpu
 
 KERNEL = "num_blocks max_rows ring_stages window down_slices one_shot_rows max_splits page_size smem_bytes".split()
 
@@ -54,6 +55,28 @@ def doorbell(args: argparse.Namespace) -> int:
     with run.engine() as llm:
         run.record |= doorbell_bench.measure(llm)
     return run.end(tables.print_doorbell)
+
+
+def exchange(args: argparse.Namespace) -> int:
+    if args.tensor_parallel_size < 2:
+        raise ValueError("an exchange needs two ranks at least: use --tp 2 or more")
+    exchange_bench.check_sizes(args.sizes, args.hidden_size)
+    args.device = share_one_gpu(args.device, args.tensor_parallel_size)
+    run = _Run("exchange", args, {})
+    with Ranks(run.placement) as ranks:
+        gathers = floor_bench.measure_gathers(ranks)
+        run.record["l2_gb_s"] = max(row["gb_s"] for row in gathers)
+        run.record["one_way_us"] = max(row["us"] for row in floor_bench.measure_pings(ranks))
+        rows = exchange_bench.measure(ranks, args.sizes, args.hidden_size)
+        run.look_at_clocks()
+    for row in rows:
+        if "us" in row:
+            row["bound_us"] = exchange_bench.least_us(
+                row["values"], row["blocks"], run.record["one_way_us"], run.record["l2_gb_s"]
+            )
+            row["ratio"] = row["us"] / row["bound_us"]
+    run.record["rows"] = rows
+    return run.end(tables.print_exchange)
 
 
 def floor(args: argparse.Namespace) -> int:

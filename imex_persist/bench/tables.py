@@ -49,6 +49,36 @@ def print_doorbell(r: dict) -> None:
     )
 
 
+def print_exchange(r: dict) -> None:
+    sizes = sorted({row["values"] for row in r["rows"]})
+    by_variant: dict[str, dict[int, dict]] = {}
+    for row in r["rows"]:
+        by_variant.setdefault(row["variant"], {})[row["values"]] = row
+    lines = [
+        (name, *(f"{found[size]['us']:.2f}" if "us" in found.get(size, {}) else None for size in sizes), _error(found))
+        for name, found in by_variant.items()
+    ]
+    bounds = {row["values"]: row["bound_us"] for row in r["rows"] if "us" in row}
+    lines.append(("floor", *(f"{bounds[size]:.2f}" if size in bounds else None for size in sizes), None))
+    title = (
+        f"µs until every block of {r['tensor_parallel_size']} ranks has the whole sum, by fp32 values ({r['where']['device']})"
+    )
+    print_table(title, ("strategy", *map(str, sizes), "largest error"), lines)
+    for name, found in by_variant.items():
+        for size, row in found.items():
+            if "why_not" in row:
+                print(f"{name} of {size} values was not run: {row['why_not']}")
+    print(
+        f"floor: a tagged word one way, {r['one_way_us']:.2f} µs, and every block's read of the sums from L2 at {r['l2_gb_s']:.0f} GB/s, "
+        "measured in this run; errors are of fractions, in standard deviations of the sums"
+    )
+
+
+def _error(found: dict[int, dict]) -> str | None:
+    errors = [row["error"] for row in found.values() if "error" in row]
+    return f"{max(errors):.1e}" if errors else None
+
+
 def print_floor(r: dict) -> None:
     ranks = sorted(r["read"]["tb_s"], key=int)
     rows = [(f"{w} tiles", *(f"{r['read']['by_window'][w][k]:.3f}" for k in ranks)) for w in r["read"]["by_window"]]

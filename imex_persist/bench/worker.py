@@ -15,13 +15,13 @@ import traceback
 
 import numpy as np
 
-from imex_persist.bench.probe import Probe, fill
 from imex_persist.device.base import Buffer, Device
 from imex_persist.errors import ImexError
 from imex_persist.runtime import capacity
 from imex_persist.runtime.control import Channel, Closed
 from imex_persist.runtime.lifeline import exit_after, follow_parent
 from imex_persist.runtime.machines import SIM_BLOCKS, open_device
+from imex_persist.runtime.probe import Probe, fill
 from imex_persist.runtime.shared import SharedBlock
 
 END_S = 10.0  # for this process to free its memory and exit
@@ -67,8 +67,8 @@ class Worker:
         return {"ns": {str(rank): ns for rank, ns in self.probe.run(m["job"], each).items()}}
 
     def result(self, m: dict) -> dict:
-        """float32 values that the kernel left, by rank."""
-        return {"result": {str(rank): self.probe.result(rank, m["count"]).tolist() for rank in self.ranks}}
+        """uint32 values that the kernel left, by rank."""
+        return {"result": {str(rank): self.probe.result(rank).tolist() for rank in self.ranks}}
 
     def echo(self, m: dict) -> dict:
         """Round trips of a word: this thread, the kernel, this thread. Shared memory as the mailbox's, mapped as it is."""

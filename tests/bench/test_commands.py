@@ -24,6 +24,17 @@ def test_floor(bench, device):
     assert 0 < r["doorbell"]["min_us"] <= r["doorbell"]["median_us"]
 
 
+@pytest.mark.parametrize(("device", "world"), [("sim", 2), ("sim:0", 3)])
+def test_exchange(bench, device, world):
+    r = bench("exchange", "--device", device, "--tp", str(world), *"--sizes 96,192,576 --hidden-size 192".split())
+    names = {row["variant"] for row in r["rows"]}
+    assert names >= {"ONE_SHOT", "ONE_SHOT_LOCAL", "TWO_SHOT", "SEMAPHORE", "all-gather", "ONE_SHOT bf16"}
+    for name in names:
+        rows = [row for row in r["rows"] if row["variant"] == name]
+        assert [(row["values"], row["rows"]) for row in rows] == [(96, 1), (192, 1), (576, 3)]
+        assert all(row["us"] > 0 and row["bound_us"] > 0 for row in rows)
+
+
 def test_decode(bench, model):
     words = "--tp 2 --context 16,4 --rows 1,3 --steps 8 --n-prompt 5".split()
     r = bench("decode", model, *SIM, *words)
@@ -61,6 +72,7 @@ def test_doorbell(bench, model):
 def test_tables_say_that_it_was_simulated(capsys, model):
     for words in (
         ["floor", "--device", "sim"],
+        ["exchange", "--device", "sim", "--sizes", "64"],
         ["decode", model, *SIM, *"--context 2 --steps 2 --n-prompt 0".split()],
         ["latency", model, *SIM, *"--input-len 2 --output-len 2 --num-iters 1 --num-iters-warmup 0".split()],
         ["doorbell", model, *SIM],
@@ -76,6 +88,8 @@ def test_tables_say_that_it_was_simulated(capsys, model):
         (["decode", "x", "--rows", "0"], "at least one number above 0"),
         (["latency", "x", "--batch-size", "0"], "--batch-size is 0: at least 1"),
         (["decode", "--device", "sim"], "no model was given"),
+        (["exchange", "--device", "sim", "--tp", "1"], "an exchange needs two ranks"),
+        (["exchange", "--device", "sim", "--sizes", "500"], "500 values are no exchange"),
         (["floor", "--device", "sim:0", "--tp", "9"], "tensor_parallel_size is 9"),
     ],
 )

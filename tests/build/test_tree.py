@@ -44,7 +44,8 @@ def test_the_rendered_header_is_current():
 
 
 def test_no_file_is_too_long():
-    long = {str(path.relative_to(ROOT)): count for path in ours() if (count := len(path.read_text().splitlines())) > MAX_LINES}
+    written = [path for path in ours() if path.name != "abi.cuh"]  # that one is rendered
+    long = {str(path.relative_to(ROOT)): count for path in written if (count := len(path.read_text().splitlines())) > MAX_LINES}
     assert not long, f"files of more than {MAX_LINES} lines: {long}"
 
 

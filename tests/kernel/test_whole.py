@@ -164,7 +164,7 @@ def ways(index: int) -> list[tuple[Case, dict]]:
     """All ways of exchange: the same for all steps, or ONE_SHOT for small ones."""
     case = with_options(MODELS[index], world_size=max(2, MODELS[index].options["world_size"]))
     rows, local, two_shot = case.options["max_rows"], Strategy.ONE_SHOT_LOCAL, Strategy.TWO_SHOT
-    most = ((local, rows), (local, 0), (two_shot, 0), (two_shot, rows // 2))
+    most = ((local, rows), (local, 0), (two_shot, 0), (two_shot, rows // 2), (Strategy.SEMAPHORE, 0))
     return [(case, {"tap": True, "strategy": strategy, "one_shot_rows": n}) for strategy, n in most]
 
 

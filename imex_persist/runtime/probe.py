@@ -32,7 +32,8 @@ class Probe:
         self._small = {rank: _Small(device, int(shape["num_blocks"])) for rank in ranks}
         self._result: dict[int, Buffer] = {}
         for rank in ranks:
-            self._result[rank] = device.zeros(max(4096, 4 * int(shape["max_rows"]) * int(shape["hidden_size"])))
+            values = int(shape["num_blocks"]) + int(shape["max_rows"]) * int(shape["hidden_size"])
+            self._result[rank] = device.zeros(4 * values)
 
     def handles(self) -> dict[int, str]:
         return {rank: self.device.export(buffer) for rank, buffer in self._symmetric.items()}
@@ -61,7 +62,8 @@ class Probe:
                 record[name] = value
             record["epoch"], record["times"], record["result"] = self.epoch, small.times.address, self._result[rank].address
             self.device.upload(small.job, 0, np.frombuffer(record.tobytes(), np.uint8))
-            self.device.upload(small.times, 0, np.zeros(small.times.nbytes, np.uint8))
+            for buffer in (small.times, self._result[rank]):
+                self.device.upload(buffer, 0, np.zeros(buffer.nbytes, np.uint8))
             p: Any = np.zeros((), abi.RankParams)
             for other, address in self._peers[rank].items():
                 p["peers"][other] = address
@@ -81,8 +83,9 @@ class Probe:
             raise FaultError(explain(faults))
         return {rank: self._nanoseconds(rank) for rank in self.ranks}
 
-    def result(self, rank: int, count: int) -> np.ndarray:
-        return self.device.download(self._result[rank], 0, 4 * count).view(np.float32)
+    def result(self, rank: int) -> np.ndarray:
+        """uint32: what the kernel left there; it was zero before the launch."""
+        return self.device.download(self._result[rank], 0, self._result[rank].nbytes).view(np.uint32)
 
     def _nanoseconds(self, rank: int) -> int:
         """From the first block's begin to the last block's end; blocks that took no part wrote nothing."""
