@@ -31,6 +31,7 @@ def add_commands(add_command: AddCommand) -> None:
     add("--rows", type=numbers, default=[1], metavar="N,…", help="sequences that decode at once (default 1)")
     add("--steps", "-n", type=int, default=200, metavar="N", help="steps of each context (default %(default)s)")
     add("--n-prompt", "-p", type=numbers, default=[512], metavar="N,…", help="lengths of prompts (default 512; 0: none)")
+    _add_peers(command)
     settings.add_options(command, model=None)
 
     command = add_command(
@@ -46,6 +47,7 @@ def add_commands(add_command: AddCommand) -> None:
     add = command.add_argument
     add("--sizes", type=numbers, default=list(SIZES), metavar="N,…", help="fp32 values to sum (default 512 … 32768)")
     add("--hidden-size", type=int, default=4096, metavar="N", help="values of a row: more are rows (default %(default)s)")
+    _add_peers(command)
     settings.add_options(command, only=("tensor_parallel_size", "device"), tensor_parallel_size=2)
 
     command = add_command(
@@ -58,6 +60,12 @@ def add_commands(add_command: AddCommand) -> None:
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", nargs="?", help=f"{MODEL_HELP} (default $IMEX_MODEL)")
     _add_output(command)
+
+
+def _add_peers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--peers", action="store_true", help="run what others offer, too, where it is installed; takes minutes"
+    )
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:

@@ -16,9 +16,10 @@ from imex_persist.bench import facts, tables
 from imex_persist.bench import floor as floor_bench
 from imex_persist.bench import latency as latency_bench
 from imex_persist.bench.floor import Ceiling
+from imex_persist.bench.peers.run import run_peers
 from imex_persist.bench.ranks import Ranks
 from imex_persist.front import settings
-from imex_persist.model.locate import shape_names
+from imex_persist.model.locate import locate, shape_names
 from imex_persist.runtime.placement import place_ranks, share_one_gpu
 
 KERNEL = "num_blocks max_rows ring_stages window down_slices one_shot_rows max_splits page_size smem_bytes".split()
@@ -33,6 +34,8 @@ def decode(args: argparse.Namespace) -> int:
     run = _Run("decode", args, {**plan.settings(), "max_rows": args.max_rows or max(args.rows)})
     with run.engine() as llm:
         run.record["rows"] = decode_bench.measure(llm, plan, run.ceiling, run.look_at_clocks)
+    if args.peers:
+        run.record["peers"] = _decode_peers(run, plan)
     return run.end(tables.print_decode)
 
 
@@ -76,6 +79,8 @@ def exchange(args: argparse.Namespace) -> int:
             )
             row["ratio"] = row["us"] / row["bound_us"]
     run.record["rows"] = rows
+    if args.peers:
+        run.record["peers"] = run_peers("exchange", run.placement, {"sizes": args.sizes})
     return run.end(tables.print_exchange)
 
 
@@ -90,6 +95,22 @@ def floor(args: argparse.Namespace) -> int:
         run.record["peers_one_way"] = floor_bench.measure_pings(ranks)
     run.record["doorbell"] = floor_bench.measure_echo(run.placement)
     return run.end(tables.print_floor)
+
+
+def _decode_peers(run: _Run, plan: decode_bench.Plan) -> list[dict]:
+    job = {
+        "folder": str(locate(run.record["model"])),
+        "contexts": plan.contexts,
+        "rows": plan.rows,
+        "prompts": plan.prompts,
+        "tensor_parallel_size": run.record["tensor_parallel_size"],
+    }
+    peers = run_peers("decode", run.placement, job)
+    bounds = {(row["kind"], row["rows"], row["context"]): row["bound_us"] for row in run.record["rows"]}
+    for peer in peers:
+        for row in peer.get("rows", ()):
+            row["ratio"] = row["us"] / bounds[row["kind"], row["rows"], row["context"]]
+    return peers
 
 
 class _Run:

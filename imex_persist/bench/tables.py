@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from imex_persist.front.tables import print_table
+
+
+def print_peers(peers: list[dict], columns: tuple[str, ...], line: Callable[[dict], tuple]) -> None:
+    """What others take, and why the ones that were not run were not."""
+    lines = [(peer["name"], *line(row)) for peer in peers for row in peer.get("rows", ())]
+    if lines:
+        print_table("peers, in the same run", ("peer", *columns), lines)
+    for peer in peers:
+        if "why_not" in peer:
+            print(f"{peer['name']} was not run: {peer['why_not']}")
 
 
 def print_decode(r: dict) -> None:
     columns = ("test", "rows", "ms/step", "floor ms", "ratio", "host ms", "p99 ms", "GB", "TB/s", "tok/s")
     print_table(_title(r), columns, [_step(row) for row in r["rows"]])
     _print_ceiling(r)
+    columns = ("what", "rows", "context", "ms", "to the floor")
+    names = {"decode": "step", "prompt": "prompt to first token"}
+    print_peers(
+        r.get("peers", []),
+        columns,
+        lambda row: (names[row["kind"]], row["rows"], row["context"], f"{row['us'] / 1e3:.4f}", f"{row['ratio']:.3f}"),
+    )
 
 
 def _step(row: dict) -> tuple:
@@ -72,6 +91,7 @@ def print_exchange(r: dict) -> None:
         f"floor: a tagged word one way, {r['one_way_us']:.2f} µs, and every block's read of the sums from L2 at {r['l2_gb_s']:.0f} GB/s, "
         "measured in this run; errors are of fractions, in standard deviations of the sums"
     )
+    print_peers(r.get("peers", []), ("bf16 values", "µs"), lambda row: (row["values"], f"{row['us']:.2f}"))
 
 
 def _error(found: dict[int, dict]) -> str | None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import time
 
 import pytest
 
+from imex_persist.bench.peers.run import run_limited
 from imex_persist.cli import main
 
 from .conftest import needs_linux
@@ -52,6 +56,27 @@ def test_decode(bench, model):
     one, three = r["rows"][2], r["rows"][4]
     kv = 2 * 2 * 1 * 32 * 2  # layers, k and v, heads of a rank, head size, bytes
     assert three["bytes"] - one["bytes"] == pytest.approx((2 * (16 + 4) + 1) * kv + 2 * 2 * 64, abs=3 * 3 * kv)
+
+
+def test_peers_that_are_not_run_are_named(bench, capsys, model):
+    r = bench("decode", model, *SIM, *"--context 2 --steps 2 --n-prompt 0 --peers".split())
+    names = {peer["name"]: peer["why_not"] for peer in r["peers"]}
+    assert set(names) == {"torch.compile, CUDA graphs", "torch, hand-captured CUDA graph", "torch prefill, CUDA graph", "vLLM"}
+    assert all("not installed" in why or "needs a GPU" in why for why in names.values())
+    assert main(["bench", "exchange", "--device", "sim", "--sizes", "64", "--peers"]) == 0
+    out = capsys.readouterr().out
+    for name in ("NCCL in a CUDA graph", "torch symmetric memory, one-shot", "vLLM custom all-reduce", "FlashInfer all-reduce"):
+        assert f"{name} was not run: " in out
+
+
+def test_a_peer_that_hangs_or_fails_costs_its_time_only():
+    python = [sys.executable, "-c"]
+    assert run_limited([*python, "pass"], os.environ, 20) is None
+    assert "exit code 3: last words" in run_limited([*python, "print('last words'); import sys; sys.exit(3)"], os.environ, 20)
+    began = time.monotonic()
+    hangs = "import subprocess; subprocess.Popen(['sleep', '300']); import time; time.sleep(300)"
+    assert "did not end in 1 s" in run_limited([*python, hangs], os.environ, 1)
+    assert time.monotonic() - began < 20
 
 
 def test_latency(bench, model, tmp_path):

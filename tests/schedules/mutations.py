@@ -125,7 +125,7 @@ RING = (
         why="254 schedules do not: the producer warp alone must stand still for half a step, and the simulator stalls whole blocks; "
         "ThreadSanitizer keeps four accesses a word, and the consumers' many reads push the producer's out"),
     one("adder_reads_rows_late", "an adder looks at the next step's rows after its last word (a race that was here once)",
-        "phases/o_proj.cuh", "i < rows * (kUnitRows / 2); i += LANES", "i < num_rows(b) * (kUnitRows / 2); i += LANES", by="nobody",
+        "exchange.cuh", "i < rows * (kUnitRows / 2); i += LANES", "i < num_rows(b) * (kUnitRows / 2); i += LANES", by="nobody",
         why="as above, and for o_proj it is harmless: later units of the step order it"),
     gone("copies_not_drained", "a block leaves while copies into its shared memory are in flight", "decode.cu",
          "  drain_copies(b, p);\n", by="nobody",
