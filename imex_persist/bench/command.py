@@ -56,6 +56,19 @@ def add_commands(add_command: AddCommand) -> None:
     _add_output(command)
     settings.add_options(command, only=("tensor_parallel_size", "device"))
 
+    command = add_command(
+        "plot", _plot, "Draw the JSON of decode (time by context) or exchange (time by size); needs matplotlib."
+    )
+    command.add_argument("file", metavar="FILE.json", help="what --output-json wrote")
+    command.add_argument("--out", required=True, metavar="X.svg", help="the picture, .svg or .png")
+    command.add_argument("--rows", type=int, metavar="N", help="rows a step of decode's plot (default: the fewest measured)")
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from imex_persist.bench import plot
+
+    return plot.run(args)
+
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", nargs="?", help=f"{MODEL_HELP} (default $IMEX_MODEL)")
