@@ -40,7 +40,6 @@ class Plan:
         return {
             "max_model_len": self.max_model_len(),
             "max_num_seqs": max(self.rows, default=1),
-            "kv_cache_memory_bytes": 1 << 44,  # no cap: the pages of all slots are what is allocated
         }
 
 

@@ -13,11 +13,7 @@ PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 def settings(input_len: int, output_len: int, batch_size: int) -> dict:
     """Of the engine."""
-    return {
-        "max_model_len": input_len + output_len,
-        "max_num_seqs": batch_size,
-        "kv_cache_memory_bytes": 1 << 44,
-    }
+    return {"max_model_len": input_len + output_len, "max_num_seqs": batch_size}
 
 
 def measure(llm, ceiling: Ceiling, *, input_len: int, output_len: int, batch_size: int, warmup: int, iters: int) -> dict:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from imex_persist import abi
 from imex_persist.bench import decode as decode_bench
 from imex_persist.bench import doorbell as doorbell_bench
 from imex_persist.bench import exchange as exchange_bench
@@ -18,8 +17,11 @@ from imex_persist.bench import latency as latency_bench
 from imex_persist.bench.floor import Ceiling
 from imex_persist.bench.peers.run import run_peers
 from imex_persist.bench.ranks import Ranks
+from imex_persist.bench.steps import kv_cache_bytes
 from imex_persist.front import settings
+from imex_persist.model.load import load_model
 from imex_persist.model.locate import locate, shape_names
+from imex_persist.runtime import strategy
 from imex_persist.runtime.placement import place_ranks, share_one_gpu
 
 KERNEL = "num_blocks max_rows ring_stages window down_slices one_shot_rows max_splits page_size smem_bytes".split()
@@ -135,12 +137,15 @@ class _Run:
         given = settings.chosen(self._args) | self._needed
         if given["load_format"] == "auto" and model in shape_names():
             given["load_format"] = "dummy"
+        config = load_model(model, "dummy", tokenizer=False).config
+        sizes = given["tensor_parallel_size"], given["max_model_len"], given["max_num_seqs"]
+        given["kv_cache_memory_bytes"] = kv_cache_bytes(config, *sizes)  # every sequence at its longest
         self.ceiling = floor_bench.read_ceiling(self.placement)
         self.record |= {"model": model, "load_format": given["load_format"], "read": _ceiling_fields(self.ceiling)}
         with LLM(model, **given) as llm:
             shape = llm.shape
             self.record["kernel"] = {name: int(shape[name]) for name in KERNEL}
-            self.record["kernel"]["strategy"] = abi.Strategy(int(shape["strategy"])).name
+            self.record["kernel"]["strategy"] = strategy.describe(shape, llm.group.strategy_source)
             yield llm
 
     def look_at_clocks(self) -> None:

@@ -46,5 +46,13 @@ class StepBytes:
         return steps * self.weights + self.lm_head + kv + length * self.per_row, steps
 
 
+def kv_cache_bytes(config, world_size: int, max_model_len: int, num_seqs: int) -> int:
+    """Of a rank: what so many sequences use at their longest, in whole pages."""
+    _, kv_heads = planner.heads_per_rank(config, world_size)
+    head_dim = planner.round_up(config.head_dim, 32)
+    positions = planner.round_up(max_model_len, planner.page_size_of(head_dim))
+    return config.num_hidden_layers * kv_heads * positions * num_seqs * head_dim * 4
+
+
 def least_us(nbytes: float, ceiling: Ceiling) -> float:
     return nbytes / ceiling.least * 1e6

@@ -116,7 +116,7 @@ def print_floor(r: dict) -> None:
 def _title(r: dict) -> str:
     kernel, tp = r["kernel"], r["tensor_parallel_size"]
     made = f"{kernel['num_blocks']} blocks, up to {kernel['max_rows']} rows a step"
-    exchange = f", {kernel['strategy']} above {kernel['one_shot_rows']} rows" if tp > 1 else ""
+    exchange = f", {kernel['strategy']}" if tp > 1 else ""
     return f"{r['model']} ({r['load_format']}), {r['where']['device']}, TP {tp}, {made}{exchange}"
 
 

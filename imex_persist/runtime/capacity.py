@@ -18,8 +18,13 @@ def shared_machine(machines: list[planner.Machine], ranks_each: int) -> planner.
     return replace(least, num_blocks=least.num_blocks // ranks_each)
 
 
-def choose_shape(config: EngineConfig, model, machine: planner.Machine, kind: str) -> np.void:
-    """The Shape for `model` (a ModelConfig) on `machine`. Raises ValueError for settings that do not fit, saying what would."""
+def choose_shape(
+    config: EngineConfig, model, machine: planner.Machine, kind: str, exchange: tuple[int, abi.Strategy] | None = None
+) -> np.void:
+    """The Shape for `model` (a ModelConfig) on `machine`; `exchange` is (one_shot_rows, strategy) where that was measured.
+
+    Raises ValueError for settings that do not fit, saying what would.
+    """
     max_model_len = choose_max_model_len(config, model, kind)
     num_slots = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS
     options = {
@@ -28,9 +33,12 @@ def choose_shape(config: EngineConfig, model, machine: planner.Machine, kind: st
         "max_model_len": max_model_len,
         "machine": machine,
         "strategy": None if config.exchange is None else abi.Strategy[config.exchange],
+        "bf16_partials": config.exchange_dtype == "bfloat16" and config.tensor_parallel_size > 1,
         "trace": config.trace_events,
         "trace_every": config.trace_every,
     }
+    if exchange is not None:
+        options["one_shot_rows"], options["strategy"] = exchange
     shape = _fit_rows(config, model, options)
     page_total = planner.kv_bytes(shape) // int(shape["num_pages"])  # one page of every layer and KV head
     budget = config.kv_cache_memory_bytes or KV_DEFAULT_BYTES[kind]

@@ -44,6 +44,7 @@ class Group:
         self.deadline_s = deadline_s
         self.machines: list[Machine] = []
         self.identities: list[dict] = []
+        self.strategy_source = "planned"  # where the exchange strategy is from, for the log
         self.shape: np.void | None = None
         self.mailbox: Mailbox | None = None
         self.workers: list[WorkerProcess] = []
@@ -70,6 +71,26 @@ class Group:
         except BaseException:
             self.close()
             raise
+
+    def build_probes(self, source: str, shapes: list[np.void]) -> None:
+        """Compiles benchmark kernels (cuda_src/bench), each worker some of them, so that every worker finds them in the cache."""
+        given = {worker: [] for worker in self.workers}
+        for i, shape in enumerate(shapes):
+            given[self.workers[i % len(self.workers)]].append(capacity.to_fields(shape))
+        self._step("probe_build", lambda w: {"source": source, "shapes": given[w]})
+
+    def probe_kernel(self, source: str, shape: np.void) -> Callable[[dict], dict[int, int]]:
+        """Prepares a benchmark kernel on all ranks, before `launch`; what is returned runs a job of it: nanoseconds by rank."""
+        message = {"source": source, "shape": capacity.to_fields(shape)}
+        replies = self._step("probe_prepare", lambda w: message)
+        handles = {rank: handle for reply in replies for rank, handle in reply["handles"].items()}
+        self._step("probe_connect", lambda w: {"handles": handles})
+
+        def run(job: dict) -> dict[int, int]:
+            done = self._step("probe_run", lambda w: {"job": job})
+            return {int(rank): ns for reply in done for rank, ns in reply["ns"].items()}
+
+        return run
 
     def launch(self, shape: np.void, model: dict, max_model_len: int, progress: Progress | None = None) -> Mailbox:
         """Builds, loads, connects, verifies and launches; returns when the kernel polls its mailbox."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,17 @@ FILL_BYTES = 64 << 20
 ABORT_WORDS = 16
 
 
+def kernel_source(name: str) -> Path:
+    return sources.cuda_src() / "bench" / name
+
+
 class Probe:
     """`shape` is as much of an abi.Shape as the kernel `source` ("floor.cu") uses; off_abort and symmetric_words must be set."""
 
     def __init__(self, device: Device, shape: np.void, source: str, ranks: list[int]):
         self.device, self.shape, self.ranks = device, shape, ranks
         self.epoch = 0  # the last one that was used
-        self._kernel = device.load(shape, source=sources.cuda_src() / "bench" / source)
+        self._kernel = device.load(shape, source=kernel_source(source))
         self._symmetric = {rank: device.symmetric(int(shape["symmetric_words"]) * 8) for rank in ranks}
         self._peers: dict[int, dict[int, int]] = {rank: {} for rank in ranks}  # addresses
         self._small = {rank: _Small(device, int(shape["num_blocks"])) for rank in ranks}

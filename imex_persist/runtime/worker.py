@@ -1,7 +1,8 @@
 """A worker process: the ranks of one machine. `python -m imex_persist.runtime.worker`, started by group.py and by nobody else.
 
 It talks JSON lines over an inherited socket: the parent sends {"do": step, …}, the worker answers {"did": step, …} or {"error": …}.
-Steps, in order: open, build, load, connect, write_marks, read_marks, launch; then, on request, probe; at the end, disconnect and exit.
+Steps, in order: open; the exchange alone, if it is to be measured (probe_…); build, load, connect, write_marks, read_marks, launch; then,
+on request, probe; at the end, disconnect and exit.
 The parent sends a step when all workers have answered the one before, which makes every step a barrier. While the kernel is resident
 the worker only reads shared memory and its socket: no call reaches the device.
 """
@@ -24,6 +25,7 @@ from imex_persist.runtime.control import Channel, Closed
 from imex_persist.runtime.lifeline import exit_after, follow_parent
 from imex_persist.runtime.machines import open_device
 from imex_persist.runtime.mailbox import ArenaLayout, Mailbox
+from imex_persist.runtime.probe import Probe, kernel_source
 from imex_persist.runtime.rank import RankMemory, launch_params
 from imex_persist.runtime.shared import SharedBlock
 
@@ -54,6 +56,22 @@ class Worker:
         machine = self.device.machine
         fields = {name: getattr(machine, name) for name in Machine.__dataclass_fields__}
         return {"machine": fields, "identity": self.device.identity()}
+
+    def probe_build(self, m: dict) -> dict:
+        for fields in m["shapes"]:
+            self.device.load(capacity.from_fields(fields), source=kernel_source(m["source"]))
+        return {}
+
+    def probe_prepare(self, m: dict) -> dict:
+        self.exchanged = Probe(self.device, capacity.from_fields(m["shape"]), m["source"], self.ranks)
+        return {"handles": {str(rank): handle for rank, handle in self.exchanged.handles().items()}}
+
+    def probe_connect(self, m: dict) -> dict:
+        self.exchanged.connect({int(rank): handle for rank, handle in m["handles"].items()})
+        return {}
+
+    def probe_run(self, m: dict) -> dict:
+        return {"ns": {str(rank): ns for rank, ns in self.exchanged.run(m["job"]).items()}}
 
     def build(self, m: dict) -> dict:
         self.shape = capacity.from_fields(m["shape"])
@@ -128,6 +146,10 @@ class Worker:
 
     STEPS = {
         "open": open,
+        "probe_build": probe_build,
+        "probe_prepare": probe_prepare,
+        "probe_connect": probe_connect,
+        "probe_run": probe_run,
         "build": build,
         "load": load,
         "connect": connect,
