@@ -125,9 +125,9 @@ class Group:
                 "trace_bytes": self.trace.nbytes if self.trace else 0,
             },
         )
-        nonce = {"nonce": secrets.randbits(48)}
-        self._step("write_marks", lambda w: nonce)
-        self._step("read_marks", lambda w: nonce)
+        nonce = {"nonce": secrets.randbits(64)}
+        self._step("verify", lambda w: nonce)
+        self._step("clear_marks", lambda w: {})
         self.mailbox.beat(1)
         self._step("launch", lambda w: {})
         self.shape = shape

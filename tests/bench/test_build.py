@@ -7,7 +7,7 @@ import pytest
 from imex_persist.bench.exchange import VARIANTS
 from imex_persist.bench.floor import WINDOWS, floor_shape
 from imex_persist.device import nvrtc, sources
-from tests.build.shapes import MACHINES
+from tests.build.shapes import CASES, MACHINES
 
 from .exchanges import shape_of
 
@@ -29,3 +29,10 @@ def test_floor(arch):
         build = nvrtc.compile_kernel(floor_shape(MACHINES[arch], 1, 2, window), arch, sources.cuda_src() / "bench" / "floor.cu")
         spilled = {name: found for name, found in build.resources.items() if found.spills}
         assert not spilled and "cp.async.bulk" in build.ptx
+
+
+@pytest.mark.parametrize("arch", nvrtc.TARGETS)
+def test_marks(arch):
+    shape, _ = CASES[-1].shape(arch)
+    build = nvrtc.compile_kernel(shape, arch, sources.cuda_src() / "marks.cu")
+    assert not any(found.spills for found in build.resources.values())
