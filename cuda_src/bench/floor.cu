@@ -1,24 +1,36 @@
 // The hardware's floors, with the primitives that the decode kernel uses: what no version of it can be faster than.
 #include "bench.cuh"
-#include "../stream.cuh"
 #include "../words.cuh"
 
 namespace imex {
 
-// Device memory through the ring, and nobody looks at it: the read ceiling. Tiles are dealt in turn; no wait but for copies.
+// Device memory through a ring like the decode kernel's (stream.cuh), and nobody looks at it: the read ceiling. Tiles are dealt in turn,
+// and nothing is waited for but copies, at most `window` of them in flight.
+DEV u32 num_tiles(const Block& b) {  // of this block, in all passes
+  const u32 tiles = (u32)(job_of(b).bytes / kStageBytes);
+  return job_of(b).iterations * (u32)divide_up(tiles - smaller(b.index, tiles), shape().num_blocks);
+}
 DEV void produce_tiles(Block& b) {
-  const ProbeJob& job = job_of(b);
-  const int tiles = (int)(job.bytes / kStageBytes);
-  Producer p;
-  for (u32 pass = 0; pass < job.iterations; pass++)
-    for (int t = b.index; t < tiles && !b.waiter.failed; t += shape().num_blocks)
-      push_tile(b, p, t, (const char*)job.data + (u64)t * kStageBytes, kStageBytes);
-  push_mark(b, p, kUnitEnd);
-  drain_copies(b, p);
+  const u32 stages = shape().ring_stages, window = shape().window, count = num_tiles(b), each = count / job_of(b).iterations;
+  u32 n = 0;
+  for (; n < count && !b.waiter.failed; n++) {
+    u64* full = &b.shared->full[n % stages];
+    mbar_wait(b.waiter, Wait::kStage, true, &b.shared->empty[n % stages], (n / stages & 1) ^ 1);
+    if (n >= window) mbar_wait(b.waiter, Wait::kTile, true, &b.shared->full[(n - window) % stages], (n - window) / stages & 1);
+    const u64 tile = b.index + (u64)(n % each) * shape().num_blocks;
+    mbar_arrive_expect(full, kStageBytes);
+    bulk_copy(ring_stage(b, n % stages), (const char*)job_of(b).data + tile * kStageBytes, kStageBytes, full);
+  }
+  for (u32 m = n > window ? n - window : 0; m < n; m++) mbar_drain(&b.shared->full[m % stages], m / stages & 1);
 }
 DEV void read_tiles(Block& b) {
+  const u32 stages = shape().ring_stages, count = num_tiles(b);
   note_time(b, 0);
-  skip_units(b, kTileK);
+  for (u32 n = 0; n < count && !b.waiter.failed; n++) {
+    mbar_wait(b.waiter, Wait::kTile, true, &b.shared->full[n % stages], n / stages & 1);
+    warp_sync();
+    if (b.lane == 0) mbar_arrive(&b.shared->empty[n % stages]);
+  }
   note_time(b, 1);
 }
 
