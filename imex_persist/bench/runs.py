@@ -19,10 +19,12 @@ from imex_persist.bench.peers.run import run_peers
 from imex_persist.bench.ranks import Ranks
 from imex_persist.bench.steps import kv_cache_bytes
 from imex_persist.front import settings
+from imex_persist.front.cards import choose_card
 from imex_persist.model.load import load_model
 from imex_persist.model.locate import locate, shape_names
 from imex_persist.runtime import strategy
-from imex_persist.runtime.placement import place_ranks, share_one_gpu
+from imex_persist.runtime.discover import Gpu
+from imex_persist.runtime.placement import Placement, place_ranks, share_one_gpu
 
 KERNEL = "num_blocks max_rows ring_stages window down_slices one_shot_rows max_splits page_size smem_bytes".split()
 
@@ -57,8 +59,11 @@ def latency(args: argparse.Namespace) -> int:
 
 def doorbell(args: argparse.Namespace) -> int:
     run = _Run("doorbell", args, doorbell_bench.settings())
+    echo = floor_bench.measure_echo(run.placement)
     with run.engine() as llm:
         run.record |= doorbell_bench.measure(llm)
+    run.record["bound_us"] = echo["median_us"]
+    run.record["ratio"] = run.record["noop"]["median_us"] / echo["median_us"]
     return run.end(tables.print_doorbell)
 
 
@@ -90,6 +95,7 @@ def floor(args: argparse.Namespace) -> int:
     run = _Run("floor", args, {})
     with Ranks(run.placement) as ranks:
         run.record["read"] = _ceiling_fields(floor_bench.measure_read(ranks))
+        run.record["read"]["datasheet_tb_s"] = _datasheet_tb_s(run.placement)
         run.look_at_clocks()
         run.record["gather"] = floor_bench.measure_gathers(ranks)
         run.record["barrier_us"] = floor_bench.measure_barrier(ranks)
@@ -161,6 +167,15 @@ class _Run:
             for line in facts.describe(self.record["where"], self.record.get("busy")):
                 print(line)
         return 0
+
+
+def _datasheet_tb_s(placement: Placement) -> float | None:
+    """Of the card, where it is known (front/cards.py)."""
+    place = placement.places[0]
+    if place.kind != "cuda":
+        return None
+    card, why = choose_card(None, [Gpu(place.ordinal, place.uuid, place.name, (9, 0))])
+    return card.datasheet_tb_s if "is " + place.name in why else None
 
 
 def _ceiling_fields(ceiling: Ceiling) -> dict:

@@ -62,6 +62,7 @@ def print_doorbell(r: dict) -> None:
         for name, key in (("no-op descriptor", "noop"), ("the same after 10 ms of idleness", "noop_after_idle"))
     ]
     print_table(_title(r), columns, rows)
+    print(f"floor: a word in mapped memory, there and back, {r['bound_us']:.2f} µs in this run; ratio {r['ratio']:.2f}")
     print(
         f"first token of an idle kernel: {r['first_token_us']:.1f} µs, a step takes {r['step_us']:.1f} µs, "
         f"so {r['first_token_beyond_us']:.1f} µs beyond it"
@@ -103,6 +104,9 @@ def print_floor(r: dict) -> None:
     ranks = sorted(r["read"]["tb_s"], key=int)
     rows = [(f"{w} tiles", *(f"{r['read']['by_window'][w][k]:.3f}" for k in ranks)) for w in r["read"]["by_window"]]
     print_table("read, bulk copies of 16 KB through the ring, TB/s", ("in flight an SM", *(f"rank {k}" for k in ranks)), rows)
+    if sheet := r["read"]["datasheet_tb_s"]:
+        best = max(r["read"]["tb_s"].values())
+        print(f"bound: the datasheet's {sheet} TB/s for the whole card, ratio {best / sheet:.3f}")
     rows = [(row["words"], f"{row['us']:.2f}", f"{row['gb_s']:.0f}") for row in r["gather"]]
     print_table(f"every block of {r['num_blocks']} reads all words of L2", ("words", "µs", "GB/s in all"), rows)
     rows = [(f"barrier of {r['num_blocks']} blocks, a word of each to each", f"{r['barrier_us']:.2f}")]

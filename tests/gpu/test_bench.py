@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
 import pytest
 
@@ -12,8 +11,6 @@ from imex_persist.front.cards import choose_card
 from imex_persist.runtime.discover import find_gpus
 
 from .bench import capable_gpus
-
-BUDGET_BYTES = 256 << 20  # of a rank, beside weights and KV pages and the CUDA context
 
 
 @pytest.fixture
@@ -53,8 +50,3 @@ def test_doorbell(capsys, one_gpu, record_property):
     record_property("no-op descriptor, µs", f"{r['noop']['median_us']:.2f}")
     record_property("first token of an idle kernel beyond its step, µs", f"{r['first_token_beyond_us']:.1f}")
     assert r["noop"]["median_us"] < 20 and r["first_token_beyond_us"] < 100
-
-
-def used_bytes(uuid: str) -> int:
-    query = ["nvidia-smi", "-i", uuid, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return int(subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout) << 20
