@@ -60,10 +60,10 @@ class Ranks:
         replies = self.step("run", {"job": job, **more})
         return {int(rank): ns for reply in replies for rank, ns in reply["ns"].items()}
 
-    def results(self) -> dict[int, np.ndarray]:
-        """What the last launch left, uint32 by rank."""
+    def results(self, count: int | None = None) -> dict[int, np.ndarray]:
+        """What the last launch left, uint32 by rank; all of it, or the first `count`."""
         return {
-            int(rank): np.array(values, np.uint32) for reply in self.step("result") for rank, values in reply["result"].items()
+            int(rank): np.array(values, np.uint32) for reply in self.step("result", {"count": count}) for rank, values in reply["result"].items()
         }
 
     def step(

@@ -68,7 +68,7 @@ class Worker:
 
     def result(self, m: dict) -> dict:
         """uint32 values that the kernel left, by rank."""
-        return {"result": {str(rank): self.probe.result(rank).tolist() for rank in self.ranks}}
+        return {"result": {str(rank): self.probe.result(rank, m["count"]).tolist() for rank in self.ranks}}
 
     def echo(self, m: dict) -> dict:
         """Round trips of a word: this thread, the kernel, this thread. Shared memory as the mailbox's, mapped as it is."""

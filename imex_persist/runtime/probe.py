@@ -88,9 +88,10 @@ class Probe:
             raise FaultError(explain(faults))
         return {rank: self._nanoseconds(rank) for rank in self.ranks}
 
-    def result(self, rank: int) -> np.ndarray:
-        """uint32: what the kernel left there; it was zero before the launch."""
-        return self.device.download(self._result[rank], 0, self._result[rank].nbytes).view(np.uint32)
+    def result(self, rank: int, count: int | None = None) -> np.ndarray:
+        """uint32: what the kernel left there, or the first `count` of it; it was zero before the launch."""
+        nbytes = self._result[rank].nbytes if count is None else 4 * count
+        return self.device.download(self._result[rank], 0, nbytes).view(np.uint32)
 
     def _nanoseconds(self, rank: int) -> int:
         """From the first block's begin to the last block's end; blocks that took no part wrote nothing."""
