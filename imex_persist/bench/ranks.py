@@ -62,9 +62,8 @@ class Ranks:
 
     def results(self, count: int | None = None) -> dict[int, np.ndarray]:
         """What the last launch left, uint32 by rank; all of it, or the first `count`."""
-        return {
-            int(rank): np.array(values, np.uint32) for reply in self.step("result", {"count": count}) for rank, values in reply["result"].items()
-        }
+        replies = self.step("result", {"count": count})
+        return {int(rank): np.array(values, np.uint32) for reply in replies for rank, values in reply["result"].items()}
 
     def step(
         self,
