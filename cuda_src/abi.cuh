@@ -107,7 +107,7 @@ enum class Mark : unsigned int {
   kMet = 7,
 };
 
-// What a launch of cuda_src/bench measures: floor.cu, or exchange.cu the last two.
+// What a launch of cuda_src/bench measures: floor.cu, or exchange.cu the last three.
 enum class Probe : unsigned int {
   kRead = 0,
   kGather = 1,
@@ -116,6 +116,7 @@ enum class Probe : unsigned int {
   kPing = 4,
   kAllReduce = 5,
   kAllGather = 6,
+  kAllReduceDense = 7,
 };
 
 struct Shape {

@@ -184,7 +184,7 @@ def _place_shared_memory(
     if one_shot_rows is None:
         one_shot_rows = min(rows, ONE_SHOT_WORDS // (hidden * world * slices))
     s["one_shot_rows"] = min(rows, one_shot_rows)
-    owned = 4 * -(-(hidden // 4) // blocks)  # values of the residual that a slice owner keeps, at most
+    owned = 16 * -(-(hidden // 16) // blocks)  # values of the residual that a slice owner keeps, at most
     replicated = rows if semaphore else int(s["one_shot_rows"])
     widest = max(hidden, heads * head_dim, int(s["intermediate_size"]) // slices)
     group = min(heads // kv_heads, 16)

@@ -3,6 +3,7 @@
 #include "bench.cuh"
 #include "../all_gather.cuh"
 #include "../exchange.cuh"
+#include "dense.cuh"
 
 namespace imex {
 
@@ -22,21 +23,29 @@ DEV float part_of(const Block& b, u32 source, int row, int n, u32 epoch) {
 // What is sent depends on what was received, so no exchange begins before its block has ended the last one.
 constexpr u32 kNever = 0x7fc17fc1;  // a pair that no sum is
 
+DEV bool dense(const Block& b) { return job_of(b).probe == (u32)Probe::kAllReduceDense; }
+DEV int slice_width(const Block& b) {  // values of a row that are this block's residual
+  return replicated(num_rows(b)) ? (int)shape().hidden_size : dense(b) ? owned_runs() * kRun : 2 * owned_pairs();
+}
+
 // A block's units, a warp each.
 DEV void send_parts(Block& b, Exchange x, u32 epoch) {
   const u32 slice = b.index % x.slices, source = b.params->rank * x.slices + slice;
   const int units = shape().hidden_size / kUnitRows, step = divide_up(shape().num_blocks - slice, x.slices);
-  for (int unit = b.index / x.slices + b.warp * step; unit < units; unit += kConsumerWarps * step)
-    send_unit(b, x, num_rows(b), slice, unit, epoch, [&](int row, int pair) {
+  for (int unit = b.index / x.slices + b.warp * step; unit < units; unit += kConsumerWarps * step) {
+    auto sum = [&](int row, int pair) {
       const int n = unit * kUnitRows + 2 * pair;
       const u32 before = *(const u32*)(activations(b) + activation_offset(row, n));
       const float late = before == kNever ? 1.f : 0.f;
       return float2{part_of(b, source, row, n, epoch) + late, part_of(b, source, row, n + 1, epoch)};
-    });
+    };
+    dense(b) ? send_dense_unit(b, x, num_rows(b), slice, unit, epoch, sum) : send_unit(b, x, num_rows(b), slice, unit, epoch, sum);
+  }
 }
 DEV bool reduce_all(Block& b, u32 epoch) {
   const Exchange x = epoch & 1 ? o_exchange() : down_exchange();
   send_parts(b, x, epoch);
+  if (dense(b)) return replicated(num_rows(b)) ? receive_dense_whole(b, x, epoch) : receive_dense_local(b, x, epoch);
   return receive(b, x, epoch, Phase::kQkv, false);
 }
 
@@ -66,17 +75,17 @@ DEV void leave_results(Block& b) {
   float* sums = (float*)(checks + shape().num_blocks);  // [rows, hidden]
   const bool whole = replicated(rows);
   if (whole && b.index) return;
-  const int mine = whole ? hidden : 2 * owned_pairs(), begin = whole ? 0 : owner_index(b) * mine;
+  const int mine = slice_width(b), begin = whole ? 0 : owner_index(b) * mine;
   for (int i = b.thread; i < rows * mine; i += kConsumerThreads)
     if (begin + i % mine < hidden) sums[i / mine * hidden + begin + i % mine] = residual(b)[i];
 }
 
 DEV void measure(Block& b) {
-  const int rows = num_rows(b), width = replicated(rows) ? (int)shape().hidden_size : 2 * owned_pairs();
+  const int rows = num_rows(b), width = slice_width(b);
   for (int i = b.thread; i < rows * width; i += kConsumerThreads) residual(b)[i] = 0.f;
   for (int i = b.thread; i < rows * (int)shape().hidden_size / 2; i += kConsumerThreads) ((u32*)activations(b))[i] = 0;
   consumer_sync();
-  const bool reduces = job_of(b).probe == (u32)Probe::kAllReduce;
+  const bool reduces = job_of(b).probe != (u32)Probe::kAllGather;
   time_loop(b, [&](u32 epoch) { return reduces ? reduce_all(b, epoch) : gather_all(b, epoch); });
   if (!b.waiter.failed) leave_results(b);
 }

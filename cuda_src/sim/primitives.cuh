@@ -138,6 +138,11 @@ DEV void load_words(const u64* p, u64& first, u64& second) {
   first = __atomic_load_n(p, __ATOMIC_RELAXED);
   second = __atomic_load_n(p + 1, __ATOMIC_RELAXED);
 }
+DEV void store_dense(u64* p, u32 a, u32 b, u32 c, u32 epoch) { sim::put_dense(p, (u64)b << 32 | a, (u64)epoch << 32 | c); }
+DEV void load_dense(const u64* p, u64& low, u64& high) {
+  high = __atomic_load_n(p + 1, __ATOMIC_ACQUIRE);  // the half with the epoch first
+  low = __atomic_load_n(p, __ATOMIC_RELAXED);
+}
 
 DEV void store_event(TraceEvent* p, u32 clock, u32 what, u32 value, u32 step) { *p = {clock, what, value, step}; }
 
@@ -217,6 +222,27 @@ DEV u32 wait_word_clock(Waiter& w, u32 epoch, const u64* p, u32 source, u32& pay
   wait_words<1>(w, Wait::kWords, false, epoch, 1, [&](int) { return p; }, [&](int) { return source; }, words);
   payload = words[0][0];
   return clock_low();
+}
+template <int N, class Address, class Source>
+DEV void wait_dense(Waiter& w, Wait kind, u32 epoch, int count, Address address, Source source, u32 (&out)[N][3]) {
+  u64 word[N][2];
+  sim::WaitNote note{};
+  note.kind = kind, note.expected = epoch;
+  auto missing = [&]() -> const u64* {  // the epoch of the first that is not there yet: in the place of a tagged word's
+    const u64* first = nullptr;
+    for (int i = 0; i < count; i++) {
+      load_dense(address(i), word[i][0], word[i][1]);
+      if (first || (u32)(word[i][1] >> 32) == epoch) continue;
+      first = address(i) + 1, note.source = source(i), note.seen = (u32)(word[i][1] >> 32);
+    }
+    return first;
+  };
+  sim::point();
+  while ((note.address = missing()) && !w.failed)
+    if (park_once(w, sim::Park::kWord, note)) break;
+  if (sim::kTsan)
+    for (int i = 0; i < 2 * count; i++) sim::tsan_word_awaited(address(i / 2) + i % 2);
+  for (int i = 0; i < count; i++) out[i][0] = (u32)word[i][0], out[i][1] = (u32)(word[i][0] >> 32), out[i][2] = (u32)word[i][1];
 }
 constexpr u32 kPollsPerCheck = 8;  // the mailbox looks at the abort and stop words this seldom
 DEV void mailbox_pause(u32) { sim::pause_idle(); }

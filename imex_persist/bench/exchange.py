@@ -24,13 +24,18 @@ class Variant:
     name: str
     strategy: abi.Strategy
     bf16: bool = False
-    gather: bool = False
+    kind: abi.Probe = abi.Probe.ALL_REDUCE
+
+    @property
+    def gather(self) -> bool:
+        return self.kind == abi.Probe.ALL_GATHER
 
 
 VARIANTS = (
     *(Variant(strategy.name, strategy) for strategy in abi.Strategy),
     *(Variant(f"{s.name} bf16", s, bf16=True) for s in abi.Strategy if s != abi.Strategy.SEMAPHORE),
-    Variant("all-gather", abi.Strategy.ONE_SHOT, gather=True),
+    *(Variant(f"{s.name} dense", s, kind=abi.Probe.ALL_REDUCE_DENSE) for s in (abi.Strategy.ONE_SHOT, abi.Strategy.ONE_SHOT_LOCAL)),
+    Variant("all-gather", abi.Strategy.ONE_SHOT, kind=abi.Probe.ALL_GATHER),
 )
 
 
@@ -83,14 +88,14 @@ def _measure(ranks: Ranks, variant: Variant, hidden: int, rows: list[int]) -> li
     for name in names:
         times = []
         for _ in range(RUNS[ranks.placement.kind]):
-            job = exchange.job(name["rows"], warmup=warmup, iterations=loops, gather=variant.gather)
+            job = exchange.job(name["rows"], warmup=warmup, iterations=loops, kind=variant.kind)
             times.append(max(ranks.run(job).values()) / loops / 1e3)
             epoch += warmup + loops
             check(ranks, shape, job, epoch, name)
         name["us"] = median(times)
         name["blocks"] = int(shape["num_blocks"])
     if not variant.gather:
-        job = exchange.job(max(rows), warmup=0, iterations=1, fractions=True)
+        job = exchange.job(max(rows), warmup=0, iterations=1, kind=variant.kind, fractions=True)
         ranks.run(job)
         error = exchange.errors(shape, max(rows), ranks.results())
         for name in names:

@@ -10,10 +10,9 @@ from imex_persist.model.bf16 import to_bits
 TURNS = 17  # kTurns
 
 
-def job(rows: int, *, warmup: int, iterations: int, gather: bool = False, fractions: bool = False) -> dict[str, int]:
+def job(rows: int, *, warmup: int, iterations: int, kind: abi.Probe = abi.Probe.ALL_REDUCE, fractions: bool = False) -> dict[str, int]:
     """Fields of abi.ProbeJob."""
-    probe = abi.Probe.ALL_GATHER if gather else abi.Probe.ALL_REDUCE
-    return {"probe": int(probe), "rows": rows, "warmup": warmup, "iterations": iterations, "fractions": int(fractions)}
+    return {"probe": int(kind), "rows": rows, "warmup": warmup, "iterations": iterations, "fractions": int(fractions)}
 
 
 def mixed(a, b) -> np.ndarray:

@@ -35,7 +35,7 @@ class Exchanges:
 
     def run(self, rows: int, turns: int) -> list[np.ndarray]:
         """What is wrong: (rank, block) of every block whose activations are not the sums. Raises what a launch raises."""
-        job = exchange.job(rows, warmup=1, iterations=turns - 1, gather=self.variant.gather)
+        job = exchange.job(rows, warmup=1, iterations=turns - 1, kind=self.variant.kind)
         times = self.probe.run(job)
         assert all(ns > 0 for ns in times.values())
         expected = exchange.checks(self.shape, job, self.probe.epoch)
@@ -43,5 +43,5 @@ class Exchanges:
         return [tuple(int(i) for i in where) for where in np.argwhere(found != expected)]
 
     def error(self, rows: int) -> float:
-        self.probe.run(exchange.job(rows, warmup=0, iterations=1, fractions=True))
+        self.probe.run(exchange.job(rows, warmup=0, iterations=1, kind=self.variant.kind, fractions=True))
         return exchange.errors(self.shape, rows, {rank: self.probe.result(rank) for rank in range(self.world)})
