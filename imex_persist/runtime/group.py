@@ -72,22 +72,22 @@ class Group:
             self.close()
             raise
 
-    def build_probes(self, source: str, shapes: list[np.void]) -> None:
+    def build_bench_kernels(self, source: str, shapes: list[np.void]) -> None:
         """Compiles benchmark kernels (cuda_src/bench), each worker some of them, so that every worker finds them in the cache."""
         given = {worker: [] for worker in self.workers}
         for i, shape in enumerate(shapes):
             given[self.workers[i % len(self.workers)]].append(capacity.to_fields(shape))
-        self._step("probe_build", lambda w: {"source": source, "shapes": given[w]})
+        self._step("bench_build", lambda w: {"source": source, "shapes": given[w]})
 
-    def probe_kernel(self, source: str, shape: np.void) -> Callable[[dict], dict[int, int]]:
+    def bench_kernel(self, source: str, shape: np.void) -> Callable[[dict], dict[int, int]]:
         """Prepares a benchmark kernel on all ranks, before `launch`; what is returned runs a job of it: nanoseconds by rank."""
         message = {"source": source, "shape": capacity.to_fields(shape)}
-        replies = self._step("probe_prepare", lambda w: message)
+        replies = self._step("bench_prepare", lambda w: message)
         handles = {rank: handle for reply in replies for rank, handle in reply["handles"].items()}
-        self._step("probe_connect", lambda w: {"handles": handles})
+        self._step("bench_connect", lambda w: {"handles": handles})
 
         def run(job: dict) -> dict[int, int]:
-            done = self._step("probe_run", lambda w: {"job": job})
+            done = self._step("bench_run", lambda w: {"job": job})
             return {int(rank): ns for reply in done for rank, ns in reply["ns"].items()}
 
         return run

@@ -56,10 +56,10 @@ def measured_choice(group: Group, plan: np.void, machine: Machine) -> Choice:
 def measure(group: Group, plan: np.void, machine: Machine) -> Times:
     """µs of one exchange, o_proj's and down_proj's in turn, by strategy and rows; a strategy lacks rows that do not fit its memory."""
     shapes = {strategy: _largest(plan, machine, strategy) for strategy in CANDIDATES}
-    group.build_probes("exchange.cu", list(shapes.values()))
+    group.build_bench_kernels("exchange.cu", list(shapes.values()))
     times: Times = {}
     for strategy, shape in shapes.items():
-        run = group.probe_kernel("exchange.cu", shape)
+        run = group.bench_kernel("exchange.cu", shape)
         times[strategy] = {
             rows: max(run(exchange.job(rows, warmup=WARMUP, iterations=TURNS)).values()) / TURNS / 1e3
             for rows in rows_to_try(int(shape["max_rows"]))

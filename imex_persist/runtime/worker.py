@@ -1,7 +1,7 @@
 """A worker process: the ranks of one machine. `python -m imex_persist.runtime.worker`, started by group.py and by nobody else.
 
 It talks JSON lines over an inherited socket: the parent sends {"do": step, …}, the worker answers {"did": step, …} or {"error": …}.
-Steps, in order: open; the exchange alone, if it is to be measured (probe_…); build, load, connect, verify, clear_marks, launch; then,
+Steps, in order: open; the exchange alone, if it is to be measured (bench_…); build, load, connect, verify, clear_marks, launch; then,
 on request, probe; at the end, disconnect and exit.
 The parent sends a step when all workers have answered the one before, which makes every step a barrier. While the kernel is resident
 the worker only reads shared memory and its socket: no call reaches the device.
@@ -58,21 +58,21 @@ class Worker:
         fields = {name: getattr(machine, name) for name in Machine.__dataclass_fields__}
         return {"machine": fields, "identity": self.device.identity()}
 
-    def probe_build(self, m: dict) -> dict:
+    def bench_build(self, m: dict) -> dict:
         for fields in m["shapes"]:
             self.device.load(capacity.from_fields(fields), source=kernel_source(m["source"]))
         return {}
 
-    def probe_prepare(self, m: dict) -> dict:
-        self.exchanged = Probe(self.device, capacity.from_fields(m["shape"]), m["source"], self.ranks)
-        return {"handles": {str(rank): handle for rank, handle in self.exchanged.handles().items()}}
+    def bench_prepare(self, m: dict) -> dict:
+        self.bench = Probe(self.device, capacity.from_fields(m["shape"]), m["source"], self.ranks)
+        return {"handles": {str(rank): handle for rank, handle in self.bench.handles().items()}}
 
-    def probe_connect(self, m: dict) -> dict:
-        self.exchanged.connect({int(rank): handle for rank, handle in m["handles"].items()})
+    def bench_connect(self, m: dict) -> dict:
+        self.bench.connect({int(rank): handle for rank, handle in m["handles"].items()})
         return {}
 
-    def probe_run(self, m: dict) -> dict:
-        return {"ns": {str(rank): ns for rank, ns in self.exchanged.run(m["job"]).items()}}
+    def bench_run(self, m: dict) -> dict:
+        return {"ns": {str(rank): ns for rank, ns in self.bench.run(m["job"]).items()}}
 
     def build(self, m: dict) -> dict:
         self.shape = capacity.from_fields(m["shape"])
@@ -147,10 +147,10 @@ class Worker:
 
     STEPS = {
         "open": open,
-        "probe_build": probe_build,
-        "probe_prepare": probe_prepare,
-        "probe_connect": probe_connect,
-        "probe_run": probe_run,
+        "bench_build": bench_build,
+        "bench_prepare": bench_prepare,
+        "bench_connect": bench_connect,
+        "bench_run": bench_run,
         "build": build,
         "load": load,
         "connect": connect,
