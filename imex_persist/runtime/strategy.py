@@ -24,6 +24,7 @@ from imex_persist.runtime.group import Group
 FILE = "us.json"
 CANDIDATES = (Strategy.ONE_SHOT, Strategy.ONE_SHOT_LOCAL, Strategy.TWO_SHOT)
 WARMUP, TURNS = 40, 400  # exchanges of a launch
+KEPT = ("down_slices", "max_rows", "num_pages")  # of the plan, whatever the choice
 TIE = 1.02  # one hop is preferred to two that are as fast
 Times = dict[Strategy, dict[int, float]]  # µs by rows
 
@@ -62,7 +63,8 @@ def measure(group: Group, plan: np.void, machine: Machine) -> Times:
         run = group.bench_kernel("exchange.cu", shape)
         times[strategy] = {
             rows: max(run(exchange.job(rows, warmup=WARMUP, iterations=TURNS)).values()) / TURNS / 1e3
-            for rows in rows_to_try(int(shape["max_rows"]))
+            for rows in rows_to_try(int(plan["max_rows"]))
+            if rows <= shape["max_rows"]
         }
     return times
 
@@ -110,7 +112,7 @@ def replan(choice: Choice, plan: np.void, make: Callable[[Choice], np.void]) -> 
             shape = make(Choice(rows, choice.strategy))
         except ValueError:
             continue
-        if shape["ring_stages"] >= plan["ring_stages"] and shape["down_slices"] == plan["down_slices"]:
+        if shape["ring_stages"] >= plan["ring_stages"] and all(shape[name] == plan[name] for name in KEPT):
             return shape
     return plan
 

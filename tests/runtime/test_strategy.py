@@ -49,6 +49,27 @@ def test_a_choice_costs_the_plan_no_ring_stage():
     assert replan(Choice(1, LOCAL), plan, lambda choice: make(Choice(8, LOCAL))) is plan
 
 
+def test_every_row_count_of_one_shot_is_measured_for_the_others(monkeypatch):
+    """Hidden size 8192: fewer rows fit ONE_SHOT's residual than a step may have."""
+    machine = planner.Machine()
+    plan = np.zeros((), planner.abi.Shape)
+    for name, value in {"hidden_size": 8192, "world_size": 2, "max_rows": 7, "down_slices": 2}.items():
+        plan[name] = value
+
+    class Fake:
+        def build_bench_kernels(self, source, shapes):
+            self.rows = [int(shape["max_rows"]) for shape in shapes]
+
+        def bench_kernel(self, source, shape):
+            return lambda job: {0: 1000 * job["rows"], 1: 900}
+
+    group = Fake()
+    times = strategy.measure(group, plan, machine)
+    assert group.rows[0] < 7 and group.rows[1:] == [7, 7]
+    assert list(times[LOCAL]) == [1, 2, 4, 7] and set(times[ONE]) < set(times[LOCAL])
+    assert choose(times).one_shot_rows == max(times[ONE])
+
+
 @needs_linux
 @pytest.mark.parametrize("device", ["sim", "sim:0"])
 def test_the_workers_measure_once(device, tmp_path, monkeypatch):
