@@ -10,26 +10,30 @@ DEV u32 num_tiles(const Block& b) {  // of this block, in all passes
   const u32 tiles = (u32)(job_of(b).bytes / kStageBytes);
   return job_of(b).iterations * (u32)divide_up(tiles - smaller(b.index, tiles), shape().num_blocks);
 }
+DEV Pending tile_here(const Block& b, u32 n) { return {&b.shared->full[n % shape().ring_stages], n / shape().ring_stages & 1}; }
+DEV Pending stage_free(const Block& b, u32 n) {
+  return {&b.shared->empty[n % shape().ring_stages], (n / shape().ring_stages & 1) ^ 1};
+}
 DEV void produce_tiles(Block& b) {
-  const u32 stages = shape().ring_stages, window = shape().window, count = num_tiles(b), each = count / job_of(b).iterations;
+  const u32 window = shape().window, count = num_tiles(b), each = count / job_of(b).iterations;
   u32 n = 0;
-  for (; n < count && !b.waiter.failed; n++) {
-    u64* full = &b.shared->full[n % stages];
-    mbar_wait(b.waiter, Wait::kStage, true, &b.shared->empty[n % stages], (n / stages & 1) ^ 1);
-    if (n >= window) mbar_wait(b.waiter, Wait::kTile, true, &b.shared->full[(n - window) % stages], (n - window) / stages & 1);
+  for (; n < count; n++) {
+    if (!mbar_wait(b.waiter, Wait::kStage, true, stage_free(b, n))) break;
+    if (n >= window && !mbar_wait(b.waiter, Wait::kTile, true, tile_here(b, n - window))) break;
     const u64 tile = b.index + (u64)(n % each) * shape().num_blocks;
+    u64* full = tile_here(b, n).bar;
     mbar_arrive_expect(full, kStageBytes);
-    bulk_copy(ring_stage(b, n % stages), (const char*)job_of(b).data + tile * kStageBytes, kStageBytes, full);
+    bulk_copy(ring_stage(b, n % shape().ring_stages), (const char*)job_of(b).data + tile * kStageBytes, kStageBytes, full);
   }
-  for (u32 m = n > window ? n - window : 0; m < n; m++) mbar_drain(&b.shared->full[m % stages], m / stages & 1);
+  for (u32 m = n > window ? n - window : 0; m < n; m++) mbar_drain(tile_here(b, m));
 }
 DEV void read_tiles(Block& b) {
-  const u32 stages = shape().ring_stages, count = num_tiles(b);
+  const u32 count = num_tiles(b);
   note_time(b, 0);
-  for (u32 n = 0; n < count && !b.waiter.failed; n++) {
-    mbar_wait(b.waiter, Wait::kTile, true, &b.shared->full[n % stages], n / stages & 1);
+  for (u32 n = 0; n < count; n++) {
+    if (!mbar_wait(b.waiter, Wait::kTile, true, tile_here(b, n))) return;
     warp_sync();
-    if (b.lane == 0) mbar_arrive(&b.shared->empty[n % stages]);
+    if (b.lane == 0) mbar_arrive(&b.shared->empty[n % shape().ring_stages]);
   }
   note_time(b, 1);
 }
