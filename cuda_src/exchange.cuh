@@ -98,15 +98,16 @@ DEV float receive_whole(Block& b, Exchange x, u32 epoch, Phase phase, bool weigh
   gather(
       b, epoch, num_rows(b) * per_row * loads,
       [&](int i) {
-        const int item = i / loads, n = smaller(quad_of(item), quads - 1) * 4 + i % parts * 2;
-        return own_words(b, part_word(x, i % loads / parts, item / per_row, n));
+    const int item = i / loads, n = smaller(quad_of(item), quads - 1) * 4 + i % parts * 2;
+    return own_words(b, part_word(x, i % loads / parts, item / per_row, n));
       },
-      [&](int i) { return (u32)(i % loads / parts) / x.slices; },
+      [&](int i) {
+    return (u32)(i % loads / parts) / x.slices; },
       [&](int i, u32 first, u32 second) {
-        const bool start = i % loads < parts;
-        if (narrow()) {
-          const float v[4] = {bf16_low(first), bf16_high(first), bf16_low(second), bf16_high(second)};
-          UNROLL for (int j = 0; j < 4; j++) sum[j] = (start ? 0.f : sum[j]) + v[j];
+    const bool start = i % loads < parts;
+    if (narrow()) {
+      const float v[4] = {bf16_low(first), bf16_high(first), bf16_low(second), bf16_high(second)};
+  UNROLL for (int j = 0; j < 4; j++) sum[j] = (start ? 0.f : sum[j]) + v[j];
         } else {
           float& s0 = i % 2 ? sum[2] : sum[0];
           float& s1 = i % 2 ? sum[3] : sum[1];

@@ -17,7 +17,8 @@ DEV void exchange_marks(Block& b, u32 other) {
   wait_words<1>(
       b.waiter, Wait::kWords, false, epoch, 1, [&](int) { return own_words(b, 2 * other); }, [&](int) { return other; }, seen);
   if (b.waiter.failed || (seen[0][0] == its && seen[0][1] == ~its)) return;
-  b.shared->fault = {1, (u32)Phase::kEmbed, 0, (u32)Wait::kWords, its, seen[0][0], 0, other};  // waited 0: it came, and is wrong
+  b.shared->fault = {1,   (u32)Phase::kEmbed, 0, (u32)Wait::kWords,
+                     its, seen[0][0],         0, other};  // waited 0: it came, and is wrong
 }
 
 }  // namespace imex

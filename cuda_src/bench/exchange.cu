@@ -39,7 +39,8 @@ DEV void send_parts(Block& b, Exchange x, u32 epoch) {
       const float late = before == kNever ? 1.f : 0.f;
       return float2{part_of(b, source, row, n, epoch) + late, part_of(b, source, row, n + 1, epoch)};
     };
-    dense(b) ? send_dense_unit(b, x, num_rows(b), slice, unit, epoch, sum) : send_unit(b, x, num_rows(b), slice, unit, epoch, sum);
+    dense(b) ? send_dense_unit(b, x, num_rows(b), slice, unit, epoch, sum)
+             : send_unit(b, x, num_rows(b), slice, unit, epoch, sum);
   }
 }
 DEV bool reduce_all(Block& b, u32 epoch) {

@@ -98,7 +98,10 @@ DEV void store_dense(u64* p, u32 a, u32 b, u32 c, u32 epoch) {
                : "memory");
 }
 DEV void load_dense(const u64* p, u64& low, u64& high) {
-  asm volatile("{ .reg .b128 w; ld.relaxed.sys.global.b128 w, [%2]; mov.b128 {%0, %1}, w; }" : "=l"(low), "=l"(high) : "l"(p) : "memory");
+  asm volatile("{ .reg .b128 w; ld.relaxed.sys.global.b128 w, [%2]; mov.b128 {%0, %1}, w; }"
+               : "=l"(low), "=l"(high)
+               : "l"(p)
+               : "memory");
 }
 
 DEV void store_event(TraceEvent* p, u32 clock, u32 what, u32 value, u32 step) {

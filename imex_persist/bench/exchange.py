@@ -34,7 +34,10 @@ class Variant:
 VARIANTS = (
     *(Variant(strategy.name, strategy) for strategy in abi.Strategy),
     *(Variant(f"{s.name} bf16", s, bf16=True) for s in abi.Strategy if s != abi.Strategy.SEMAPHORE),
-    *(Variant(f"{s.name} dense", s, kind=abi.Probe.ALL_REDUCE_DENSE) for s in (abi.Strategy.ONE_SHOT, abi.Strategy.ONE_SHOT_LOCAL)),
+    *(
+        Variant(f"{s.name} dense", s, kind=abi.Probe.ALL_REDUCE_DENSE)
+        for s in (abi.Strategy.ONE_SHOT, abi.Strategy.ONE_SHOT_LOCAL)
+    ),
     Variant("all-gather", abi.Strategy.ONE_SHOT, kind=abi.Probe.ALL_GATHER),
 )
 

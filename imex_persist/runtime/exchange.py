@@ -10,7 +10,9 @@ from imex_persist.model.bf16 import to_bits
 TURNS = 17  # kTurns
 
 
-def job(rows: int, *, warmup: int, iterations: int, kind: abi.Probe = abi.Probe.ALL_REDUCE, fractions: bool = False) -> dict[str, int]:
+def job(
+    rows: int, *, warmup: int, iterations: int, kind: abi.Probe = abi.Probe.ALL_REDUCE, fractions: bool = False
+) -> dict[str, int]:
     """Fields of abi.ProbeJob."""
     return {"probe": int(kind), "rows": rows, "warmup": warmup, "iterations": iterations, "fractions": int(fractions)}
 

@@ -14,9 +14,7 @@ SIZES = ((2048, 3), (544, 2))  # a row of Llama-3.2-1B; one whose last part of a
 
 def make(device, variant, world: int, hidden: int, rows: int, slices: int = 1) -> Exchanges:
     machine = Machine(device.machine.num_blocks // world, device.machine.shared_memory_bytes)
-    return Exchanges(
-        device, shape_of(variant, world, hidden=hidden, rows=rows, machine=machine, slices=slices), variant
-    )
+    return Exchanges(device, shape_of(variant, world, hidden=hidden, rows=rows, machine=machine, slices=slices), variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)

@@ -180,7 +180,9 @@ def test_strategies_agree(make_device, index):
 
 def narrow_ways(index: int) -> list[tuple[Case, dict]]:
     """Partial sums exchanged as bf16."""
-    return [(case, options | {"bf16_partials": True}) for case, options in ways(index) if options["strategy"] != Strategy.SEMAPHORE]
+    return [
+        (case, options | {"bf16_partials": True}) for case, options in ways(index) if options["strategy"] != Strategy.SEMAPHORE
+    ]
 
 
 @SOME_MODELS

@@ -52,7 +52,9 @@ def test_the_strategy_is_measured_in_a_second(config, record_property):
     finally:
         group.close()
     for name, by_rows in times.items():
-        record_property(f"{name.name}, µs by rows of {config.hidden_size}", {rows: round(us, 2) for rows, us in by_rows.items()})
+        record_property(
+            f"{name.name}, µs by rows of {config.hidden_size}", {rows: round(us, 2) for rows, us in by_rows.items()}
+        )
     record_property("chosen", strategy.choose(times))
     record_property("measured in, s", f"{seconds:.2f}")
     assert seconds < 1.0 and all(0.3 < us < 200 for by_rows in times.values() for us in by_rows.values())

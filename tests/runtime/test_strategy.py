@@ -39,9 +39,7 @@ def test_a_choice_costs_the_plan_no_ring_stage():
     plan = planner.make_shape(LLAMA_3_1_8B, **sizes)
 
     def make(choice: Choice) -> np.void:
-        return planner.make_shape(
-            LLAMA_3_1_8B, **sizes, one_shot_rows=choice.one_shot_rows, strategy=choice.strategy
-        )
+        return planner.make_shape(LLAMA_3_1_8B, **sizes, one_shot_rows=choice.one_shot_rows, strategy=choice.strategy)
 
     shape = replan(Choice(8, TWO), plan, make)
     assert shape["strategy"] == TWO and shape["ring_stages"] == plan["ring_stages"] and shape["one_shot_rows"] < 8
