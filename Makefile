@@ -93,7 +93,7 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CUDA_FILES)
 
 abi:
-	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m imex_persist.abi > cuda_src/abi.cuh.new && mv cuda_src/abi.cuh.new cuda_src/abi.cuh
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m imex_persist.abi_render > cuda_src/abi.cuh.new && mv cuda_src/abi.cuh.new cuda_src/abi.cuh
 
 wheel: $(VENV)/.dev
 	rm -rf dist

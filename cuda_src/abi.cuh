@@ -110,6 +110,7 @@ enum class Strategy : unsigned int {
   kOneShot = 0,
   kOneShotLocal = 1,
   kTwoShot = 2,
+  kSemaphore = 3,
 };
 
 // Kinds of TraceEvent: SENT by a block's adders, the others by one thread of its consumers. Waits are in clocks of the SM.
@@ -122,6 +123,18 @@ enum class Mark : unsigned int {
   kSum = 5,
   kSent = 6,
   kMet = 7,
+};
+
+// What a launch of cuda_src/bench measures: floor.cu, or exchange.cu the last three.
+enum class Probe : unsigned int {
+  kRead = 0,
+  kGather = 1,
+  kBarrier = 2,
+  kEcho = 3,
+  kPing = 4,
+  kAllReduce = 5,
+  kAllGather = 6,
+  kAllReduceDense = 7,
 };
 
 struct Shape {
@@ -143,6 +156,7 @@ struct Shape {
   unsigned int max_rows;
   unsigned int one_shot_rows;
   unsigned int strategy;
+  unsigned int bf16_partials;
   unsigned int down_slices;
   unsigned int max_splits;
   unsigned int page_size;
@@ -181,7 +195,7 @@ struct Shape {
   unsigned int trace;
   unsigned int trace_every;
 };
-static_assert(sizeof(Shape) == 220);
+static_assert(sizeof(Shape) == 224);
 IMEX_OFFSET(Shape, hidden_size, 0);
 IMEX_OFFSET(Shape, num_layers, 4);
 IMEX_OFFSET(Shape, num_heads, 8);
@@ -200,43 +214,44 @@ IMEX_OFFSET(Shape, window, 56);
 IMEX_OFFSET(Shape, max_rows, 60);
 IMEX_OFFSET(Shape, one_shot_rows, 64);
 IMEX_OFFSET(Shape, strategy, 68);
-IMEX_OFFSET(Shape, down_slices, 72);
-IMEX_OFFSET(Shape, max_splits, 76);
-IMEX_OFFSET(Shape, page_size, 80);
-IMEX_OFFSET(Shape, num_pages, 84);
-IMEX_OFFSET(Shape, pages_per_slot, 88);
-IMEX_OFFSET(Shape, num_slots, 92);
-IMEX_OFFSET(Shape, renew_steps, 96);
-IMEX_OFFSET(Shape, off_plan, 100);
-IMEX_OFFSET(Shape, off_sampling, 104);
-IMEX_OFFSET(Shape, off_qkv, 108);
-IMEX_OFFSET(Shape, off_split, 112);
-IMEX_OFFSET(Shape, off_attn, 116);
-IMEX_OFFSET(Shape, off_o_part, 120);
-IMEX_OFFSET(Shape, off_o_sum, 124);
-IMEX_OFFSET(Shape, off_gate, 128);
-IMEX_OFFSET(Shape, off_down_part, 132);
-IMEX_OFFSET(Shape, off_down_sum, 136);
-IMEX_OFFSET(Shape, off_best, 140);
-IMEX_OFFSET(Shape, off_logits, 144);
-IMEX_OFFSET(Shape, off_search, 148);
-IMEX_OFFSET(Shape, off_logprob, 152);
-IMEX_OFFSET(Shape, off_align, 156);
-IMEX_OFFSET(Shape, off_renew, 160);
-IMEX_OFFSET(Shape, off_page_table, 164);
-IMEX_OFFSET(Shape, off_abort, 168);
-IMEX_OFFSET(Shape, symmetric_words, 172);
-IMEX_OFFSET(Shape, smem_x, 176);
-IMEX_OFFSET(Shape, smem_part, 180);
-IMEX_OFFSET(Shape, smem_residual, 184);
-IMEX_OFFSET(Shape, smem_rope, 188);
-IMEX_OFFSET(Shape, smem_ring, 192);
-IMEX_OFFSET(Shape, smem_bytes, 196);
-IMEX_OFFSET(Shape, tap, 200);
-IMEX_OFFSET(Shape, only_phase, 204);
-IMEX_OFFSET(Shape, only_layer, 208);
-IMEX_OFFSET(Shape, trace, 212);
-IMEX_OFFSET(Shape, trace_every, 216);
+IMEX_OFFSET(Shape, bf16_partials, 72);
+IMEX_OFFSET(Shape, down_slices, 76);
+IMEX_OFFSET(Shape, max_splits, 80);
+IMEX_OFFSET(Shape, page_size, 84);
+IMEX_OFFSET(Shape, num_pages, 88);
+IMEX_OFFSET(Shape, pages_per_slot, 92);
+IMEX_OFFSET(Shape, num_slots, 96);
+IMEX_OFFSET(Shape, renew_steps, 100);
+IMEX_OFFSET(Shape, off_plan, 104);
+IMEX_OFFSET(Shape, off_sampling, 108);
+IMEX_OFFSET(Shape, off_qkv, 112);
+IMEX_OFFSET(Shape, off_split, 116);
+IMEX_OFFSET(Shape, off_attn, 120);
+IMEX_OFFSET(Shape, off_o_part, 124);
+IMEX_OFFSET(Shape, off_o_sum, 128);
+IMEX_OFFSET(Shape, off_gate, 132);
+IMEX_OFFSET(Shape, off_down_part, 136);
+IMEX_OFFSET(Shape, off_down_sum, 140);
+IMEX_OFFSET(Shape, off_best, 144);
+IMEX_OFFSET(Shape, off_logits, 148);
+IMEX_OFFSET(Shape, off_search, 152);
+IMEX_OFFSET(Shape, off_logprob, 156);
+IMEX_OFFSET(Shape, off_align, 160);
+IMEX_OFFSET(Shape, off_renew, 164);
+IMEX_OFFSET(Shape, off_page_table, 168);
+IMEX_OFFSET(Shape, off_abort, 172);
+IMEX_OFFSET(Shape, symmetric_words, 176);
+IMEX_OFFSET(Shape, smem_x, 180);
+IMEX_OFFSET(Shape, smem_part, 184);
+IMEX_OFFSET(Shape, smem_residual, 188);
+IMEX_OFFSET(Shape, smem_rope, 192);
+IMEX_OFFSET(Shape, smem_ring, 196);
+IMEX_OFFSET(Shape, smem_bytes, 200);
+IMEX_OFFSET(Shape, tap, 204);
+IMEX_OFFSET(Shape, only_phase, 208);
+IMEX_OFFSET(Shape, only_layer, 212);
+IMEX_OFFSET(Shape, trace, 216);
+IMEX_OFFSET(Shape, trace_every, 220);
 
 struct RankParams {
   unsigned long long qkv;
@@ -411,6 +426,35 @@ IMEX_OFFSET(FaultRecord, expected, 24);
 IMEX_OFFSET(FaultRecord, seen, 28);
 IMEX_OFFSET(FaultRecord, waited_us, 32);
 IMEX_OFFSET(FaultRecord, source, 36);
+
+struct ProbeJob {
+  unsigned int probe;
+  unsigned int iterations;
+  unsigned int warmup;
+  unsigned int epoch;
+  unsigned int partner;
+  unsigned int rows;
+  unsigned int fractions;
+  unsigned int _pad;
+  unsigned long long data;
+  unsigned long long bytes;
+  unsigned long long host;
+  unsigned long long times;
+  unsigned long long result;
+};
+static_assert(sizeof(ProbeJob) == 72);
+IMEX_OFFSET(ProbeJob, probe, 0);
+IMEX_OFFSET(ProbeJob, iterations, 4);
+IMEX_OFFSET(ProbeJob, warmup, 8);
+IMEX_OFFSET(ProbeJob, epoch, 12);
+IMEX_OFFSET(ProbeJob, partner, 16);
+IMEX_OFFSET(ProbeJob, rows, 20);
+IMEX_OFFSET(ProbeJob, fractions, 24);
+IMEX_OFFSET(ProbeJob, data, 32);
+IMEX_OFFSET(ProbeJob, bytes, 40);
+IMEX_OFFSET(ProbeJob, host, 48);
+IMEX_OFFSET(ProbeJob, times, 56);
+IMEX_OFFSET(ProbeJob, result, 64);
 
 struct MailboxHeader {
   unsigned int heartbeat;

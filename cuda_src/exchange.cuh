@@ -5,10 +5,12 @@
 //   ONE_SHOT_LOCAL  in each rank, a block owns a slice of the vector: it adds the words of all ranks and publishes the slice to the
 //                   blocks of its own GPU: two hops, one of them short, few reads
 //   TWO_SHOT        a slice has one owner in the whole group, which publishes to all ranks: the fewest words over the links
+//   SEMAPHORE       ONE_SHOT without tagged words, for comparison (semaphore.cuh)
 //
-// Sums run over the sources in rank order, so all ranks hold the same bits, and all three give the same bits: the residual stays
+// Sums run over the sources in rank order, so all ranks hold the same bits, and all four give the same bits: the residual stays
 // fp32 and is never rounded, what the next phase sees of it is rounded to bf16 whoever added.
-// The residual lives where it is summed: replicated [rows, hidden] (ONE_SHOT), or the owned slice [rows, owned] (the others).
+// The residual lives where it is summed: replicated [rows, hidden] (ONE_SHOT, SEMAPHORE), or the owned slice [rows, owned].
+// With Shape.bf16_partials a partial sum is rounded to bf16 before it is sent, and a word carries two: half the bytes, other bits.
 //
 // Condition C, why one buffer each is enough. A block may overwrite words of layer l (as it does in layer l + 1) only when every
 // block has read them. Let X be a block that writes o_part of layer l + 1. It has passed the receive of down_part of layer l, so
@@ -20,6 +22,7 @@
 // owner of a slice waits only for that slice's words: with one, it could publish down sums while a late block still reads o sums.
 #pragma once
 #include "norm.cuh"
+#include "semaphore.cuh"
 #include "trace.cuh"
 #include "words.cuh"
 
@@ -33,12 +36,19 @@ struct Exchange {
 DEV Exchange o_exchange() { return {shape().off_o_part, shape().off_o_sum, 1}; }
 DEV Exchange down_exchange() { return {shape().off_down_part, shape().off_down_sum, shape().down_slices}; }
 
+DEV u32 num_sources(Exchange x) { return shape().world_size * x.slices; }
+DEV bool semaphore() { return shape().strategy == (u32)Strategy::kSemaphore; }
 DEV bool one_shot(int rows) { return rows <= (int)shape().one_shot_rows; }
+DEV bool replicated(int rows) { return semaphore() || one_shot(rows); }
 DEV bool two_shot() { return shape().strategy == (u32)Strategy::kTwoShot; }
+DEV bool narrow() { return shape().bf16_partials; }
 
 // Slices: pairs of the hidden vector, dealt in equal runs to the blocks of a rank, or of all ranks.
 DEV int num_owners() { return shape().num_blocks * (two_shot() ? shape().world_size : 1); }
-DEV int owned_pairs() { return divide_up(shape().hidden_size / 2, num_owners()); }
+DEV int owned_pairs() {  // two words that travel together have one owner
+  const int pairs = shape().hidden_size / 2;
+  return narrow() ? 2 * divide_up(pairs / 2, num_owners()) : divide_up(pairs, num_owners());
+}
 DEV int owner_index(const Block& b) { return b.index + (two_shot() ? b.params->rank * shape().num_blocks : 0); }
 
 // Where partial sums n and n + 1 of a row are: of 32 quads (four values each) first all halves 0, then all halves 1. A warp that adds 32
@@ -47,56 +57,77 @@ constexpr int kPartGroup = 128;  // PARTIAL_GROUP of planner.py
 DEV int part_width() { return divide_up(shape().hidden_size, kPartGroup) * kPartGroup; }
 DEV int part_index(int n) { return n / kPartGroup * kPartGroup + n / 2 % 2 * (kPartGroup / 2) + n % kPartGroup / 4 * 2; }
 
+// The word of partial sum n of a row; narrow words have a pair each, and a quad's two are neighbours anyway.
+DEV u32 part_word(Exchange x, u32 source, int row, int n) {
+  const u32 at = (source * shape().max_rows + row) * part_width();
+  return x.part_offset + (narrow() ? (at + n) / 2 : at + part_index(n));
+}
+
 // Sends the partial sums of outputs n and n + 1 of a row to whoever adds them.
 DEV void push_partial(const Block& b, Exchange x, int rows, u32 slice, int row, int n, float2 sum, u32 epoch) {
   const u32 source = b.params->rank * x.slices + slice;
-  const u32 at = x.part_offset + (source * shape().max_rows + row) * part_width() + part_index(n);
+  const u32 at = part_word(x, source, row, n);
   const bool to_one = two_shot() && !one_shot(rows);
   const u32 owner = to_one ? n / 2 / owned_pairs() / shape().num_blocks : 0;
   for (u32 r = to_one ? owner : 0; r < (to_one ? owner + 1 : shape().world_size); r++)
-    store_words(words_of(b, r, at), float_bits(sum.x), float_bits(sum.y), epoch);
+    if (semaphore()) {
+      store_global((float2*)(plain_values(b, r, x.part_offset, source, row) + n), sum);
+    } else if (narrow()) {
+      store_word(words_of(b, r, at), pack_bf16(sum.x, sum.y), epoch);
+    } else {
+      store_words(words_of(b, r, at), float_bits(sum.x), float_bits(sum.y), epoch);
+    }
+}
+
+// Sends a unit's partial sums: one warp, sum(row, pair) the sums of two neighbouring outputs.
+template <class Sum>
+DEV void send_unit(const Block& b, Exchange x, int rows, u32 slice, int unit, u32 epoch, Sum sum) {
+  for (int i = b.lane; i < rows * (kUnitRows / 2); i += LANES) {
+    const int row = i / (kUnitRows / 2), pair = i % (kUnitRows / 2);
+    push_partial(b, x, rows, slice, row, unit * kUnitRows + 2 * pair, sum(row, pair), epoch);
+  }
+  if (semaphore()) raise_signals(b, x.part_offset, num_sources(x), b.params->rank * x.slices + slice, unit, epoch);
 }
 
 // A block's whole part in ONE_SHOT: adds every source's words to the replicated residual. Returns the last row's sum of squares.
 DEV float receive_whole(Block& b, Exchange x, u32 epoch, Phase phase, bool weighs) {
-  const int hidden = shape().hidden_size, quads = hidden / 4, per_row = quads_per_thread();
-  const int sources = shape().world_size * x.slices, loads = 2 * sources;  // of a quad: each source's, two pairs each
+  const int quads = shape().hidden_size / 4, per_row = quads_per_thread();
+  const int parts = narrow() ? 1 : 2, loads = parts * num_sources(x);  // of a quad: each source's, two words each
   auto quad_of = [&](int item) { return b.thread + item % per_row * kConsumerThreads; };  // may be beyond the row's last
   float sum[4] = {0.f, 0.f, 0.f, 0.f}, squares = 0.f;
   gather(
       b, epoch, num_rows(b) * per_row * loads,
       [&](int i) {
-        const int item = i / loads, source = i % loads / 2, n = smaller(quad_of(item), quads - 1) * 4 + i % 2 * 2;
-        return own_words(b, x.part_offset + (source * shape().max_rows + item / per_row) * part_width() + part_index(n));
+    const int item = i / loads, n = smaller(quad_of(item), quads - 1) * 4 + i % parts * 2;
+    return own_words(b, part_word(x, i % loads / parts, item / per_row, n));
       },
-      [&](int i) { return (u32)(i % loads / 2) / x.slices; },
+      [&](int i) {
+    return (u32)(i % loads / parts) / x.slices; },
       [&](int i, u32 first, u32 second) {
-        const bool start = i % loads < 2;
-        float& s0 = i % 2 ? sum[2] : sum[0];
-        float& s1 = i % 2 ? sum[3] : sum[1];
-        s0 = (start ? 0.f : s0) + bits_float(first);
-        s1 = (start ? 0.f : s1) + bits_float(second);
+    const bool start = i % loads < parts;
+    if (narrow()) {
+      const float v[4] = {bf16_low(first), bf16_high(first), bf16_low(second), bf16_high(second)};
+  UNROLL for (int j = 0; j < 4; j++) sum[j] = (start ? 0.f : sum[j]) + v[j];
+        } else {
+          float& s0 = i % 2 ? sum[2] : sum[0];
+          float& s1 = i % 2 ? sum[3] : sum[1];
+          s0 = (start ? 0.f : s0) + bits_float(first);
+          s1 = (start ? 0.f : s1) + bits_float(second);
+        }
         if (i % loads < loads - 1) return;
         const int item = i / loads, row = item / per_row, quad = quad_of(item);
         if (item % per_row == 0) {
           if (row) put_row_sum(b, phase, row - 1, squares);
           squares = 0.f;
         }
-        if (quad < quads) {
-          float4* r = (float4*)(residual(b) + row * hidden) + quad;
-          const float4 old = *r, now = make_float4(old.x + sum[0], old.y + sum[1], old.z + sum[2], old.w + sum[3]);
-          *r = now;
-          const u64 v = (u64)pack_bf16(now.z, now.w) << 32 | pack_bf16(now.x, now.y);
-          put_quad(b, row, quad, v, weighs);
-          squares += quad_squares(v);
-        }
+        if (quad < quads) squares += add_to_residual(b, row, quad, {sum[0], sum[1], sum[2], sum[3]}, weighs);
       });
   return squares;
 }
 
 // A slice owner's part in the others: adds every source's words of its slice to its residual and publishes them, rounded.
 DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
-  const int hidden = shape().hidden_size, pairs = hidden / 2, sources = shape().world_size * x.slices;
+  const int pairs = shape().hidden_size / 2, sources = num_sources(x);
   const int mine = owned_pairs(), begin = owner_index(b) * mine, owned = (int)smaller(begin + mine, pairs) - begin;
   if (owned <= 0) return;
   const int total = num_rows(b) * owned;
@@ -105,14 +136,15 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
   gather(
       b, epoch, divide_up(total, kConsumerThreads) * sources,
       [&](int i) {
-        return own_words(b, x.part_offset + (i % sources * shape().max_rows + at(i) / owned) * part_width() +
-                                part_index(2 * (begin + at(i) % owned)));
+        const u32 word = part_word(x, i % sources, at(i) / owned, 2 * (begin + at(i) % owned));
+        return own_words(b, word & ~1u);  // of a pair of narrow words one is this thread's
       },
       [&](int i) { return (u32)(i % sources) / x.slices; },
       [&](int i, u32 first, u32 second) {
         const bool start = i % sources == 0;
-        sum.x = (start ? 0.f : sum.x) + bits_float(first);
-        sum.y = (start ? 0.f : sum.y) + bits_float(second);
+        const u32 both = (begin + at(i) % owned) % 2 ? second : first;
+        sum.x = (start ? 0.f : sum.x) + (narrow() ? bf16_low(both) : bits_float(first));
+        sum.y = (start ? 0.f : sum.y) + (narrow() ? bf16_high(both) : bits_float(second));
         if (i % sources < sources - 1 || b.thread + i / sources * kConsumerThreads >= total || b.waiter.failed) return;
         const int row = at(i) / owned, pair = at(i) % owned;
         float2* r = (float2*)(residual(b) + (row * mine + pair) * 2);
@@ -132,7 +164,10 @@ DEV bool receive(Block& b, Exchange x, u32 epoch, Phase phase, bool multiplies) 
   const bool weighs = multiplies && open_norm(b);
   const int rows = num_rows(b);
   float squares = 0.f;  // of the last row; no other warp is kept waiting for their sum
-  if (one_shot(rows)) {
+  if (semaphore()) {
+    if (!await_signals(b, x.part_offset, num_sources(x), epoch)) return false;
+    squares = add_plain_values(b, x.part_offset, num_sources(x), phase, weighs);
+  } else if (one_shot(rows)) {
     squares = receive_whole(b, x, epoch, phase, weighs);
   } else {
     receive_slice(b, x, epoch);
@@ -166,7 +201,7 @@ DEV bool receive(Block& b, Exchange x, u32 epoch, Phase phase, bool multiplies) 
 
 // Puts a value of the residual where `receive` will look for it: outputs n .. n + 3 of a row. `embed` starts every step with it.
 DEV void set_residual(Block& b, int row, int n, const float (&v)[4]) {
-  if (one_shot(num_rows(b))) {
+  if (replicated(num_rows(b))) {
     float* r = residual(b) + row * shape().hidden_size + n;
     for (int i = 0; i < 4; i++) r[i] = v[i];
     return;

@@ -42,6 +42,16 @@ DEV void put_quad(Block& b, int row, int quad, u64 v, bool weighs) {
   *(u64*)(activations(b) + activation_offset(row, 4 * quad)) = weighs ? weigh(b, quad, v) : v;
 }
 
+// Adds to a quad of the replicated residual and puts it, rounded, where the product takes it; returns its squares.
+DEV float add_to_residual(Block& b, int row, int quad, float4 sum, bool weighs) {
+  float4* r = (float4*)(residual(b) + row * shape().hidden_size) + quad;
+  const float4 old = *r, now = make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
+  *r = now;
+  const u64 v = (u64)pack_bf16(now.z, now.w) << 32 | pack_bf16(now.x, now.y);
+  put_quad(b, row, quad, v, weighs);
+  return quad_squares(v);
+}
+
 // Sums of squares are kept twice, in turn for the norms of a layer. Those of QKV (or the LM head) are read by this block's adders until
 // its last word of QKV is sent; they are overwritten by the next layer's exchange, which waits for words of every o_proj unit, and those
 // for attention, and that for all words of QKV (of the LM head: for `sample`, which waits for this block's candidates). In the same way

@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_trace(commands)
     _add_front(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -107,6 +108,15 @@ def _add_front(commands) -> None:
     from imex_persist.front import commands as front
 
     front.add_commands(lambda name, run, text: _command(commands, name, run, text))
+
+
+def _add_bench(commands) -> None:
+    from imex_persist.bench import command as bench
+
+    text = "Times beside their bounds, and beside what others offer."
+    group = commands.add_parser("bench", help=text, description=text, allow_abbrev=False)
+    benches = group.add_subparsers(metavar="WHAT", required=True)
+    bench.add_commands(lambda name, run, text: _command(benches, name, run, text))
 
 
 # -------------------------------------------------------------------------------------------------- generate
@@ -237,7 +247,7 @@ def _add_demo(commands) -> None:
 def _demo(args: argparse.Namespace) -> int:
     _import_engine()
     from imex_persist.runtime.placement import share_one_gpu
-    from imex_persist.runtime.startup import decode_strategy
+    from imex_persist.runtime.strategy import of_one_row
 
     args.device = share_one_gpu(args.device, args.tensor_parallel_size)
     with _engine(args, args.model) as llm:
@@ -252,7 +262,7 @@ def _demo(args: argparse.Namespace) -> int:
         _print_stream(stream, text=tokenizer is not None)
         result = stream.result
         kind, ranks = llm.group.placement.kind, args.tensor_parallel_size
-        print(f"[imex] {kind}, {ranks} rank{'s' * (ranks != 1)}, {decode_strategy(llm.shape)}, {_rate(result)}")
+        print(f"[imex] {kind}, {ranks} rank{'s' * (ranks != 1)}, {of_one_row(llm.shape)}, {_rate(result)}")
     return EXIT_DONE
 
 

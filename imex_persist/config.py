@@ -19,6 +19,7 @@ DEFAULT_MAX_ROWS = 8  # as many as fit, at most so many
 DEFAULT_MAX_MODEL_LEN = {"cuda": 8192, "sim": 2048}
 DEFAULT_DEADLINE_S = {"cuda": 2.0, "sim": 20.0}  # the simulator's ranks share few cores with everything else
 STRATEGIES = tuple(member.name for member in abi.Strategy)
+EXCHANGE_DTYPES = ("float32", "bfloat16")
 P2P_LEVELS = ("LOC", "NVL", "PIX", "PXB", "PHB", "SYS")  # NCCL's words, the strictest first
 _P2P_NUMBERS = ("LOC", "PIX", "PXB", "PHB", "SYS")  # NCCL's older form of them
 
@@ -57,7 +58,12 @@ class EngineConfig:
     )
     load_format: str = setting("auto", "auto, or dummy for random weights")
     seed: int = setting(0, "seed of dummy weights; of drawn tokens too, where `generate` is given it")
-    exchange: str | None = setting(None, f"all-reduce strategy of every step: {', '.join(STRATEGIES)}; else planned")
+    exchange: str | None = setting(
+        None, f"all-reduce strategy of every step: {', '.join(STRATEGIES)}; else by size, as measured at start (sim: planned)"
+    )
+    exchange_dtype: str = setting(
+        "float32", "what partial sums are exchanged as: float32, or bfloat16, which is half the bytes and rounds them"
+    )
     deadline_s: float | None = setting(None, f"seconds that a wait of the kernel may take; else {_both(DEFAULT_DEADLINE_S)}")
     trace_events: int = setting(0, "events that each of a block's trace rings holds, a power of two; 0 compiles tracing out")
     trace_every: int = setting(1, "one step of so many is traced")
@@ -86,6 +92,7 @@ class EngineConfig:
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         if self.exchange is not None:
             _one_of("exchange", self.exchange, STRATEGIES)
+        _one_of("exchange_dtype", self.exchange_dtype, EXCHANGE_DTYPES)
         if self.p2p_level is not None:
             object.__setattr__(self, "p2p_level", _p2p_level(self.p2p_level))
             _one_of("p2p_level", self.p2p_level, P2P_LEVELS)

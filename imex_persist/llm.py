@@ -6,12 +6,14 @@ import queue
 import weakref
 from collections.abc import Sequence
 
+import numpy as np
+
 from imex_persist.config import DEFAULT_DEADLINE_S, EngineConfig
 from imex_persist.errors import ImexError
 from imex_persist.log import log, warn
 from imex_persist.model.load import load_model
 from imex_persist.outputs import RequestOutput
-from imex_persist.runtime import capacity, inputs, startup, weights
+from imex_persist.runtime import capacity, inputs, startup, strategy, weights
 from imex_persist.runtime.completion import Completion, CompletionStream, grouped
 from imex_persist.runtime.engine import Engine
 from imex_persist.runtime.group import Group
@@ -43,8 +45,7 @@ class LLM:
         self.group = Group(placement, deadline_s=deadline_s)
         try:
             machine = capacity.shared_machine(self.group.open(), len(placement.places[0].ranks))
-            free = self.group.free_bytes if placement.kind == "cuda" else None  # the simulator's is everybody's
-            self.shape = capacity.choose_shape(self.config, self.model.config, machine, placement.kind, free)
+            self.shape = self._plan(machine, placement.kind)
             with startup.progress_bar(self.config.tensor_parallel_size) as progress:
                 mailbox = self.group.launch(self.shape, weights.spec(self.config), self.max_model_len, progress)
             self._engine = Engine(
@@ -115,6 +116,23 @@ class LLM:
         return self._engine
 
     # ---------------------------------------------------------------------------------------- inside
+    def _plan(self, machine, kind: str) -> np.void:
+        """The shape, with the exchange strategy that is set, measured here, or planned from sizes."""
+        free = self.group.free_bytes if kind == "cuda" else None  # the simulator's is everybody's
+
+        def make(choice: strategy.Choice | None = None) -> np.void:
+            exchange = choice and (choice.one_shot_rows, choice.strategy)
+            return capacity.choose_shape(self.config, self.model.config, machine, kind, free, exchange)
+
+        plan = make()
+        if self.config.exchange is not None:
+            self.group.strategy_source = "set"
+        elif kind == "cuda" and self.config.tensor_parallel_size > 1:
+            shape = strategy.replan(strategy.measured_choice(self.group, plan, machine), plan, make)
+            self.group.strategy_source = "planned" if shape is plan else "measured"
+            return shape
+        return plan
+
     def _prepare(self, given: inputs.Prompts, sampling_params) -> tuple[list, list[SamplingParams]]:
         """([(text or None, Submission)], params), all validated before anything is submitted; n of each prompt."""
         prompts = inputs.as_list(given)

@@ -58,6 +58,7 @@ def make_shape(
     strategy: abi.Strategy | None = None,
     down_slices: int | None = None,
     one_shot_rows: int | None = None,
+    bf16_partials: bool = False,
     tap: bool = False,
     only_phase: abi.Phase | None = None,
     only_layer: int = 0,
@@ -93,6 +94,9 @@ def make_shape(
     s["page_size"], s["pages_per_slot"] = page, pages_per_slot
     s["num_pages"] = num_pages if num_pages is not None else pages_per_slot * num_slots
     s["max_splits"] = max(1, min(abi.MAX_SPLITS, num_blocks // kv_heads))
+    s["bf16_partials"] = bf16_partials
+    if bf16_partials and strategy == abi.Strategy.SEMAPHORE:
+        raise ValueError("exchange SEMAPHORE with exchange_dtype bfloat16 is not supported: choose one of them")
     s["tap"] = tap
     s["only_phase"] = 0 if only_phase is None else 1 + only_phase
     s["only_layer"] = only_layer
@@ -106,13 +110,13 @@ def make_shape(
         if slices > num_blocks:
             continue
         candidate = s.copy()
-        _place_shared_memory(candidate, config, slices, one_shot_rows, strategy, machine)
+        _place_shared_memory(candidate, config.intermediate_size, slices, one_shot_rows, strategy, machine)
         if best is None or candidate["ring_stages"] > best["ring_stages"] or _finer_slices_help(best):
             best = candidate
         if candidate["ring_stages"] >= min(8, machine.max_stages) and not _finer_slices_help(candidate):
             break
     if best is None or best["ring_stages"] < MIN_STAGES:
-        fits = [r for r in range(max_rows - 1, 0, -1) if _rows_fit(config, world_size, r, machine)]
+        fits = [r for r in range(max_rows - 1, 0, -1) if _rows_fit(config, world_size, r, machine, strategy)]
         advice = f"at most {fits[0]} fit" if fits else "not even one fits; use more ranks"
         raise ValueError(
             f"{max_rows} rows a step of hidden size {config.hidden_size} and intermediate size {config.intermediate_size} on "
@@ -135,27 +139,62 @@ def _finer_slices_help(s) -> bool:
     return tiles > LONG_UNIT_TILES and (2 * words <= ONE_SHOT_WORDS or words > ONE_SHOT_WORDS)
 
 
-def _rows_fit(config, world_size: int, rows: int, machine: Machine) -> bool:
+def exchange_shape(
+    hidden_size: int,
+    *,
+    world_size: int,
+    max_rows: int,
+    machine: Machine,
+    strategy: abi.Strategy,
+    down_slices: int = 1,
+    bf16_partials: bool = False,
+) -> np.void:
+    """As much of a Shape as cuda_src/bench/exchange.cu uses: every step exchanges by `strategy`, and nothing is streamed.
+
+    Raises ValueError when a block's shared memory does not hold that many rows.
+    """
+    s = np.zeros((), abi.Shape)
+    s["hidden_size"], s["norm_size"], s["num_layers"], s["head_dim"] = hidden_size, hidden_size, 1, 32
+    s["num_heads"] = s["num_kv_heads"] = s["ring_stages"] = s["window"] = s["num_slots"] = s["max_splits"] = 1
+    # every block sends something, also where ranks gather parts of a vector
+    s["num_blocks"] = min(machine.num_blocks, hidden_size // max(abi.UNIT_ROWS, 2 * world_size))
+    s["world_size"], s["max_rows"] = world_size, max_rows
+    s["strategy"], s["bf16_partials"] = strategy, bf16_partials
+    _place_shared_memory(s, 32 * world_size, down_slices, None, strategy, machine)
+    s["smem_bytes"] = s["smem_ring"]
+    if s["smem_bytes"] > machine.shared_memory_bytes:
+        raise ValueError(
+            f"{max_rows} rows of hidden size {hidden_size} need {s['smem_bytes']} bytes of shared memory to exchange {strategy.name}, "
+            f"and a block has {machine.shared_memory_bytes}: use fewer rows or another strategy"
+        )
+    s["ring_stages"] = 1
+    _place_symmetric_memory(s)
+    return s[()]
+
+
+def _rows_fit(config, world_size: int, rows: int, machine: Machine, strategy: abi.Strategy | None) -> bool:
     try:
-        make_shape(config, world_size=world_size, max_rows=rows, machine=machine)
+        make_shape(config, world_size=world_size, max_rows=rows, machine=machine, strategy=strategy)
     except ValueError:
         return False
     return True
 
 
 def _place_shared_memory(
-    s, config, slices: int, one_shot_rows: int | None, strategy: abi.Strategy | None, machine: Machine
+    s, intermediate_size: int, slices: int, one_shot_rows: int | None, strategy: abi.Strategy | None, machine: Machine
 ) -> None:
     rows, hidden, world, blocks = (int(s[k]) for k in ("max_rows", "hidden_size", "world_size", "num_blocks"))
     heads, kv_heads, head_dim = (int(s[k]) for k in ("num_heads", "num_kv_heads", "head_dim"))
     s["down_slices"] = slices
-    s["intermediate_size"] = round_up(-(-config.intermediate_size // world), 32 * slices)
-    if one_shot_rows is None and strategy is not None:  # asked for by name
+    s["intermediate_size"] = round_up(-(-intermediate_size // world), 32 * slices)
+    semaphore = strategy == abi.Strategy.SEMAPHORE  # its plain values lie where words would: never both
+    if (one_shot_rows is None or semaphore) and strategy is not None:  # asked for by name
         one_shot_rows = rows if strategy == abi.Strategy.ONE_SHOT else 0
     if one_shot_rows is None:
         one_shot_rows = min(rows, ONE_SHOT_WORDS // (hidden * world * slices))
     s["one_shot_rows"] = min(rows, one_shot_rows)
-    owned = 2 * -(-(hidden // 2) // blocks)  # values of the residual that a slice owner keeps
+    owned = 16 * -(-(hidden // 16) // blocks)  # values of the residual that a slice owner keeps, at most
+    replicated = rows if semaphore else int(s["one_shot_rows"])
     widest = max(hidden, heads * head_dim, int(s["intermediate_size"]) // slices)
     group = min(heads // kv_heads, 16)
     attention = (
@@ -165,7 +204,7 @@ def _place_shared_memory(
     for field, size in (
         ("smem_x", max(rows * widest * 2, attention, rows * abi.DRAW_ROW_BYTES)),
         ("smem_part", abi.PART_SLOTS * abi.CONSUMER_WARPS * rows * abi.UNIT_ROWS * 4),
-        ("smem_residual", max(int(s["one_shot_rows"]) * hidden, rows * owned) * 4),
+        ("smem_residual", max(replicated * hidden, rows * owned) * 4),
         ("smem_rope", rows * head_dim * 4),
         ("smem_ring", 0),
     ):

@@ -50,10 +50,16 @@ DEV float natural_log(float x) { return logf(x); }  // of a positive number, to 
 DEV u32 load_const(const u32* p) { return __ldg(p); }
 DEV u64 load_const(const u64* p) { return __ldg(p); }
 DEV float2 load_const(const float2* p) { return __ldg(p); }
-// Plain accesses: ordered only by the fences of the KV rule (kv.cuh).
+// Plain accesses: ordered only by the fences of the KV rule (kv.cuh) and of semaphore.cuh.
 DEV u32 load_global(const u32* p) { return *(const volatile u32*)p; }
+DEV float4 load_global(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+  return v;
+}
 DEV void store_global(u32* p, u32 v) { *p = v; }
 DEV void store_global(u16* p, u16 v) { *p = v; }
+DEV void store_global(float2* p, float2 v) { *p = v; }
 
 DEV u32 load_relaxed_sys(const u32* p) {
   u32 v;
@@ -85,6 +91,18 @@ DEV void store_words(u64* p, u32 first, u32 second, u32 epoch) {
 }
 DEV void load_words(const u64* p, u64& first, u64& second) {
   asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(p) : "memory");
+}
+// A dense word is one 128-bit scalar, {three payloads, epoch}: one access, so it does not tear (libcu++'s 16-byte atomics are the same).
+DEV void store_dense(u64* p, u32 a, u32 b, u32 c, u32 epoch) {
+  asm volatile("{ .reg .b128 w; mov.b128 w, {%1, %2}; st.relaxed.sys.global.b128 [%0], w; }" ::"l"(p), "l"((u64)b << 32 | a),
+               "l"((u64)epoch << 32 | c)
+               : "memory");
+}
+DEV void load_dense(const u64* p, u64& low, u64& high) {
+  asm volatile("{ .reg .b128 w; ld.relaxed.sys.global.b128 w, [%2]; mov.b128 {%0, %1}, w; }"
+               : "=l"(low), "=l"(high)
+               : "l"(p)
+               : "memory");
 }
 
 DEV void store_event(TraceEvent* p, u32 clock, u32 what, u32 value, u32 step) {

@@ -50,6 +50,27 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
   if (shape().trace && polls) w.word_clocks += clock_low() - began;
   UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < 2; j++) out[i][j] = i < count ? (u32)word[i][j] : 0;
 }
+// The same for dense words: waits until those at address(0) .. address(count - 1) carry `epoch`.
+template <int N, class Address, class Source>
+DEV void wait_dense(Waiter& w, Wait kind, u32 epoch, int count, Address address, Source source, u32 (&out)[N][3]) {
+  u64 word[N][2] = {};
+  u32 missing = (1u << count) - 1;
+  auto ready = [&] {
+    UNROLL for (int i = 0; i < N; i++) if (missing >> i & 1) load_dense(address(i), word[i][0], word[i][1]);
+    UNROLL for (int i = 0; i < N; i++) if ((u32)(word[i][1] >> 32) == epoch) missing &= ~(1u << i);
+    return missing == 0;
+  };
+  u64 began_ns = 0;
+  for (u32 polls = 0; !ready() && !w.failed;) {
+    if (++polls % kPollsPerCheck) continue;
+    if (!began_ns) began_ns = timer_ns();
+    const int first = __ffs(missing) - 1;
+    u64 there[2];
+    load_dense(address(first), there[0], there[1]);
+    w.failed = give_up(w.params, w.phase, w.layer, kind, false, source(first), epoch, (u32)(there[1] >> 32), began_ns);
+  }
+  UNROLL for (int i = 0; i < N; i++) out[i][0] = (u32)word[i][0], out[i][1] = (u32)(word[i][0] >> 32), out[i][2] = (u32)word[i][1];
+}
 // Waits for one word; returns the clock at which it was there, each lane its own though they poll together: the predicate waits for it.
 DEV u32 wait_word_clock(Waiter& w, u32 epoch, const u64* p, u32 source, u32& payload) {
   u32 clock = 0;

@@ -19,14 +19,13 @@ DEV Matrix o_proj_matrix(const Block& b) {
 
 // Sends off a unit of a projection that ends in an exchange.
 DEV void emit_partial(Block& b, Exchange x, u32 slice, int unit, int slot) {
-  const int rows = num_rows(b);
-  for (int i = b.lane; i < rows * (kUnitRows / 2); i += LANES) {
-    const int row = i / (kUnitRows / 2), pair = i % (kUnitRows / 2), n = unit * kUnitRows + 2 * pair;
+  send_unit(b, x, num_rows(b), slice, unit, layer_epoch(b.step, b.waiter.layer), [&](int row, int pair) {
     const float2 sum = unit_sums(b, slot, row, pair);
-    push_partial(b, x, rows, slice, row, n, sum, layer_epoch(b.step, b.waiter.layer));
-    tap(b, b.waiter.phase, row, slice * shape().hidden_size + n, sum.x);
-    tap(b, b.waiter.phase, row, slice * shape().hidden_size + n + 1, sum.y);
-  }
+    const int n = slice * shape().hidden_size + unit * kUnitRows + 2 * pair;
+    tap(b, b.waiter.phase, row, n, sum.x);
+    tap(b, b.waiter.phase, row, n + 1, sum.y);
+    return sum;
+  });
 }
 
 }  // namespace imex

@@ -99,6 +99,11 @@ DEV u32 load_global(const u32* p) {
   sim::tsan_read(p, sizeof *p);
   return sim::load_delayed(p);
 }
+DEV float4 load_global(const float4* p) {
+  const u32* words = (const u32*)p;
+  return {bits_float(load_global(words)), bits_float(load_global(words + 1)), bits_float(load_global(words + 2)),
+          bits_float(load_global(words + 3))};
+}
 template <class T>
 DEV void store_plain(T* p, T v) {
   sim::point();
@@ -112,6 +117,7 @@ DEV void store_plain(T* p, T v) {
 }
 DEV void store_global(u32* p, u32 v) { store_plain(p, v); }
 DEV void store_global(u16* p, u16 v) { store_plain(p, v); }
+DEV void store_global(float2* p, float2 v) { store_plain((u64*)p, (u64)float_bits(v.y) << 32 | float_bits(v.x)); }
 
 DEV u32 load_relaxed_sys(const u32* p) {
   sim::point();
@@ -146,6 +152,11 @@ DEV void store_words(u64* p, u32 first, u32 second, u32 epoch) {
 DEV void load_words(const u64* p, u64& first, u64& second) {
   first = __atomic_load_n(p, __ATOMIC_RELAXED);
   second = __atomic_load_n(p + 1, __ATOMIC_RELAXED);
+}
+DEV void store_dense(u64* p, u32 a, u32 b, u32 c, u32 epoch) { sim::put_dense(p, (u64)b << 32 | a, (u64)epoch << 32 | c); }
+DEV void load_dense(const u64* p, u64& low, u64& high) {
+  high = __atomic_load_n(p + 1, __ATOMIC_ACQUIRE);  // the half with the epoch first
+  low = __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 
 DEV void store_event(TraceEvent* p, u32 clock, u32 what, u32 value, u32 step) { *p = {clock, what, value, step}; }
@@ -229,6 +240,27 @@ DEV u32 wait_word_clock(Waiter& w, u32 epoch, const u64* p, u32 source, u32& pay
   wait_words<1>(w, Wait::kWords, false, epoch, 1, [&](int) { return p; }, [&](int) { return source; }, words);
   payload = words[0][0];
   return clock_low();
+}
+template <int N, class Address, class Source>
+DEV void wait_dense(Waiter& w, Wait kind, u32 epoch, int count, Address address, Source source, u32 (&out)[N][3]) {
+  u64 word[N][2];
+  sim::WaitNote note{};
+  note.kind = kind, note.expected = epoch;
+  auto missing = [&]() -> const u64* {  // the epoch of the first that is not there yet: in the place of a tagged word's
+    const u64* first = nullptr;
+    for (int i = 0; i < count; i++) {
+      load_dense(address(i), word[i][0], word[i][1]);
+      if (first || (u32)(word[i][1] >> 32) == epoch) continue;
+      first = address(i) + 1, note.source = source(i), note.seen = (u32)(word[i][1] >> 32);
+    }
+    return first;
+  };
+  sim::point();
+  while ((note.address = missing()) && !w.failed)
+    if (park_once(w, sim::Park::kWord, note)) break;
+  if (sim::kTsan)
+    for (int i = 0; i < 2 * count; i++) sim::tsan_word_awaited(address(i / 2) + i % 2);
+  for (int i = 0; i < count; i++) out[i][0] = (u32)word[i][0], out[i][1] = (u32)(word[i][0] >> 32), out[i][2] = (u32)word[i][1];
 }
 constexpr u32 kPollsPerCheck = 8;  // the mailbox looks at the abort and stop words this seldom
 DEV void mailbox_pause(u32) { sim::pause_idle(); }
@@ -337,36 +369,4 @@ DEV void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
 
 }  // namespace imex
 
-#if SIM_LANES == 1
-#include "tensor_warp.cuh"
-#else
-#include "tensor_lanes.cuh"
-#endif
-
-namespace imex {
-constexpr int kHiddenK = 0, kHeadsK = 0, kDownK = 0;
-constexpr int kShareChunks = kTileK / 32 / kConsumerWarps;
-constexpr int kShareBytes = 512 / LANES;  // of a chunk, a fiber's part
-DEV int group_tiles() { return shape().max_rows <= 4 ? 2 : 1; }
-template <int K>
-struct Operand {};
-template <int K>
-DEV void operand_load(Operand<K>&, const char*, int, int) {}
-// What one warp multiplies of a tile. The weights are read when they are taken, as on a GPU; the activations stay where they are.
-struct Share {
-  char w[kShareChunks][kShareBytes];
-  const char* x;
-  int count;
-};
-template <int K>
-DEV void share_load(Share& share, const char* tile, const Operand<K>&, const char* x, int t, int chunks, int warp, int) {
-  share.count = 0;
-  share.x = x + (t * (kTileK / 32) + warp) * 64 * shape().max_rows;
-  for (int c = warp; t * (kTileK / 32) + c < chunks && c < kTileK / 32; c += kConsumerWarps)
-    memcpy(share.w[share.count++], tile + c * 512 + lane_index() * kShareBytes, kShareBytes);
-}
-template <int K>
-DEV void accum_multiply(Accum& acc, const Share& share, const Operand<K>&, int, int rows) {
-  accum_chunks(acc, share.w[0], kShareBytes, share.x, kConsumerWarps * 64 * shape().max_rows, share.count, rows);
-}
-}  // namespace imex
+#include "tensor.cuh"

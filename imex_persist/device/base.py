@@ -6,6 +6,7 @@ A device belongs to one process and holds the memory of one or several ranks. Ad
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,8 +74,8 @@ class Device(Protocol):
         """`nbytes` bytes as a uint8 array."""
         ...
 
-    def load(self, shape: np.void) -> Any:
-        """The kernel for an abi.Shape: compiled, or found in the cache."""
+    def load(self, shape: np.void, *, source: Path | None = None) -> Any:
+        """The kernel for an abi.Shape: compiled, or found in the cache. `source` names another than decode.cu, with the same entry."""
         ...
 
     def launch(self, kernel: Any, params: np.void) -> Launch:

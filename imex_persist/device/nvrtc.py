@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imex_persist import abi
+from imex_persist import abi_render
 from imex_persist.device import sources
 from imex_persist.errors import DeviceError
 
@@ -94,7 +94,7 @@ def options(shape: np.void, arch: str) -> list[str]:
         f"--gpu-architecture={arch}",
         "-std=c++17",
         "--ptxas-options=-v",  # registers and spills, for `resources`
-        f"-DIMEX_SHAPE={abi.shape_initializer(shape)}",
+        f"-DIMEX_SHAPE={abi_render.shape_initializer(shape)}",
         *(["-lineinfo"] if os.environ.get("IMEX_LINE_INFO") else []),  # for compute-sanitizer and profilers
     ]
 

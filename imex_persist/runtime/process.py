@@ -30,7 +30,7 @@ class WorkerProcess:
                 pass_fds=(theirs.fileno(), *fds),
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # results on our stdout are ours alone
-                env=_environment(),
+                env=environment(),
                 start_new_session=True,  # the terminal's Ctrl-C reaches the parent, which ends its workers in order
             )
         except BaseException:
@@ -75,7 +75,8 @@ class WorkerProcess:
             self.process.wait(KILL_S)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Of a child process that imports this package and may use a GPU."""
     home = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH")
     return {

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from imex_persist import abi, planner
+from imex_persist import planner
+from imex_persist.runtime import strategy
 from imex_persist.runtime.group import Group
 from imex_persist.runtime.peers import describe_peers
 from imex_persist.runtime.placement import Placement
@@ -31,7 +32,7 @@ def lines(shape: np.void, group: Group, fixed: dict[str, int] | None = None) -> 
         out.append("exchange: not needed (one rank)")
     else:
         out.append("exchange: ENABLED (in-kernel, tagged words)")
-        out.append(f"all-reduce strategy: {describe_strategy(shape)}")
+        out.append(f"all-reduce strategy: {strategy.describe(shape, group.strategy_source)}")
     if fixed is not None:
         positions, other = int(shape["num_pages"]) * int(shape["page_size"]), fixed["symmetric_bytes"] + fixed["table_bytes"]
         out.append(
@@ -40,21 +41,6 @@ def lines(shape: np.void, group: Group, fixed: dict[str, int] | None = None) -> 
         )
     out.append(f"kernel: resident, {int(shape['num_blocks'])} blocks, {group.identities[0].get('arch', 'unknown')}")
     return out
-
-
-def describe_strategy(shape: np.void) -> str:
-    """ "ONE_SHOT <= 12 KB, ONE_SHOT_LOCAL above (planned)": by bytes of fp32 partial sums a rank."""
-    larger = abi.Strategy(int(shape["strategy"])).name
-    rows, most = int(shape["one_shot_rows"]), int(shape["max_rows"])
-    if rows == 0 or larger == "ONE_SHOT":
-        return f"{larger} (planned)"
-    size = f"{rows * int(shape['hidden_size']) * 4 / 1024:.4g} KB"
-    return f"ONE_SHOT <= {size}{'' if rows >= most else f', {larger} above'} (planned)"
-
-
-def decode_strategy(shape: np.void) -> str:
-    """The strategy of a step of one row."""
-    return "ONE_SHOT" if int(shape["one_shot_rows"]) >= 1 else abi.Strategy(int(shape["strategy"])).name
 
 
 @contextlib.contextmanager

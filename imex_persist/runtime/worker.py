@@ -1,7 +1,8 @@
 """A worker process: the ranks of one machine. `python -m imex_persist.runtime.worker`, started by group.py and by nobody else.
 
 It talks JSON lines over an inherited socket: the parent sends {"do": step, …}, the worker answers {"did": step, …} or {"error": …}.
-Steps, in order: open, build, load, connect, write_marks, read_marks, launch; then, on request, probe; at the end, disconnect and exit.
+Steps, in order: open; the exchange alone, if it is to be measured (bench_…); build, load, connect, verify, clear_marks, launch; then,
+on request, probe; at the end, disconnect and exit.
 The parent sends a step when all workers have answered the one before, which makes every step a barrier. While the kernel is resident
 the worker only reads shared memory and its socket: no call reaches the device.
 """
@@ -24,6 +25,8 @@ from imex_persist.runtime.control import Channel, Closed
 from imex_persist.runtime.lifeline import exit_after, follow_parent
 from imex_persist.runtime.machines import open_device
 from imex_persist.runtime.mailbox import ArenaLayout, Mailbox
+from imex_persist.runtime.marks import Marks
+from imex_persist.runtime.probe import Probe, kernel_source
 from imex_persist.runtime.rank import RankMemory, launch_params
 from imex_persist.runtime.shared import SharedBlock
 
@@ -56,9 +59,26 @@ class Worker:
         free = self.device.memory()[0] // len(self.ranks)
         return {"machine": fields, "identity": self.device.identity(), "free_bytes": free}
 
+    def bench_build(self, m: dict) -> dict:
+        for fields in m["shapes"]:
+            self.device.load(capacity.from_fields(fields), source=kernel_source(m["source"]))
+        return {}
+
+    def bench_prepare(self, m: dict) -> dict:
+        self.bench = Probe(self.device, capacity.from_fields(m["shape"]), m["source"], self.ranks)
+        return {"handles": {str(rank): handle for rank, handle in self.bench.handles().items()}}
+
+    def bench_connect(self, m: dict) -> dict:
+        self.bench.connect({int(rank): handle for rank, handle in m["handles"].items()})
+        return {}
+
+    def bench_run(self, m: dict) -> dict:
+        return {"ns": {str(rank): ns for rank, ns in self.bench.run(m["job"]).items()}}
+
     def build(self, m: dict) -> dict:
         self.shape = capacity.from_fields(m["shape"])
         self.kernel = self.device.load(self.shape)
+        self.marks = Marks(self.device, self.shape)
         return {}
 
     def load(self, m: dict) -> dict:
@@ -99,14 +119,13 @@ class Worker:
         )
         return {}
 
-    def write_marks(self, m: dict) -> dict:
-        for memory in self.memory.values():
-            memory.write_marks(m["nonce"])
+    def verify(self, m: dict) -> dict:
+        self.marks.verify(self.params, m["nonce"], self.faults.view)
         return {}
 
-    def read_marks(self, m: dict) -> dict:
+    def clear_marks(self, m: dict) -> dict:
         for memory in self.memory.values():
-            memory.read_marks(m["nonce"])
+            memory.clear_marks()
         return {}
 
     def start(self, m: dict) -> dict:
@@ -129,11 +148,15 @@ class Worker:
 
     STEPS = {
         "open": open,
+        "bench_build": bench_build,
+        "bench_prepare": bench_prepare,
+        "bench_connect": bench_connect,
+        "bench_run": bench_run,
         "build": build,
         "load": load,
         "connect": connect,
-        "write_marks": write_marks,
-        "read_marks": read_marks,
+        "verify": verify,
+        "clear_marks": clear_marks,
         "launch": start,
         "probe": probe,
         "disconnect": disconnect,

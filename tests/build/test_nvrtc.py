@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from imex_persist import abi
+from imex_persist import abi, abi_render
 from imex_persist.device import nvrtc, sources
 from imex_persist.errors import DeviceError
 from tests.gpu.bench import KERNELS, make_shape
@@ -174,7 +174,7 @@ def test_shape_survives_the_command_line():
     """Numbers that are awkward as C++ literals: a small float, the largest offset."""
     shape = make_shape()
     shape["rms_eps"], shape["symmetric_words"] = np.float32(1e-6), 2**32 - 1
-    text = abi.shape_initializer(shape)
+    text = abi_render.shape_initializer(shape)
     assert text.startswith("{") and text.endswith("}")
     assert f"{2**32 - 1}u" in text
     nvrtc.compile_kernel(shape, "sm_90a", KERNELS)

@@ -38,6 +38,7 @@ def test_the_simulator_passes(capsys):
         "exchange ONE_SHOT_LOCAL",
         "decode step",
         "exchange TWO_SHOT",
+        "exchange SEMAPHORE",
     ]
     assert all(": ok (" in check for check in checks)
     assert "nvidia-imex" in lines[-2] and lines[-1].startswith(

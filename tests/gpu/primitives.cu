@@ -104,6 +104,15 @@ KERNEL attend(const char* q, const char* chunks, float* merge, int heads, int co
   for (int i = thread_index(); i < workers * stride; i += kThreads) merge[i] = merged[i];
 }
 
+// Plain loads and stores: from, to: float4 [count].
+KERNEL plain(const float4* from, float4* to, int count) {
+  for (int i = thread_index(); i < count; i += kThreads) {
+    const float4 v = load_global(from + i);
+    store_global((float2*)(to + i), make_float2(v.x, v.y));
+    store_global((float2*)(to + i) + 1, make_float2(v.z, v.w));
+  }
+}
+
 // ---------------------------------------------------------------------------------------------- words
 DEV u32 payload_of(u32 round, u32 index) { return round * 2654435761u ^ index * 40503u; }
 

@@ -47,6 +47,13 @@ def test_warp_sum_and_maximum_reach_every_lane(bench):
     np.testing.assert_array_equal(totals.get(), np.repeat(keys.sum(1, keepdims=True, dtype=np.uint64), 32, 1))
 
 
+def test_plain_quads(bench):
+    values = np.random.default_rng(4).standard_normal((1000, 4)).astype(np.float32)
+    out = bench.xp.zeros((1000, 4), np.float32)
+    bench.run("plain", bench.xp.asarray(values), out, np.int32(1000))
+    np.testing.assert_array_equal(out.get(), values)
+
+
 def test_a_vote_of_the_consumers(bench):
     rounds, threads = 64, WARPS * 32
     flags = np.zeros((rounds, threads), np.uint32)

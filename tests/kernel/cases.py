@@ -23,7 +23,11 @@ HEAD_DIMS = (64, 40, 128, 32, 100, 80, 96, 48)
 GROUPS = (3, 1, 4, 8, 2, 7, 5, 20, 6)
 ROWS = (4, 1, 8, 2, 16, 3, 7, 5, 6)
 WORLDS = (2, 1, 4, 3, 1)
-EXCHANGES = (Strategy.ONE_SHOT, Strategy.TWO_SHOT, Strategy.ONE_SHOT_LOCAL)
+EXCHANGES = (
+    Strategy.ONE_SHOT,
+    Strategy.TWO_SHOT,
+    Strategy.ONE_SHOT_LOCAL,
+)  # SEMAPHORE, which has no words: whole models, tests/bench
 SLICES = (1, 2, 4)
 STARTS = ("empty", "page", "long", "few", "split", "solo")
 ROPES = (

@@ -203,7 +203,7 @@ def ways(index: int) -> list[tuple[Case, dict]]:
     """All ways of exchange: the same for all steps, or ONE_SHOT for small ones."""
     case = with_options(MODELS[index], world_size=max(2, MODELS[index].options["world_size"]))
     rows, local, two_shot = case.options["max_rows"], Strategy.ONE_SHOT_LOCAL, Strategy.TWO_SHOT
-    most = ((local, rows), (local, 0), (two_shot, 0), (two_shot, rows // 2))
+    most = ((local, rows), (local, 0), (two_shot, 0), (two_shot, rows // 2), (Strategy.SEMAPHORE, 0))
     return [(case, {"tap": True, "strategy": strategy, "one_shot_rows": n}) for strategy, n in most]
 
 
@@ -215,6 +215,26 @@ def test_strategies_agree(make_device, index):
     first, *others = [run_whole(make_device, case, one, **options) for case, options in ways(index)]
     for run in others:
         same_bits(first, run, f"{Strategy(run.shape['strategy']).name} above {run.shape['one_shot_rows']} rows")
+
+
+def narrow_ways(index: int) -> list[tuple[Case, dict]]:
+    """Partial sums exchanged as bf16."""
+    return [
+        (case, options | {"bf16_partials": True}) for case, options in ways(index) if options["strategy"] != Strategy.SEMAPHORE
+    ]
+
+
+@SOME_MODELS
+@uses(narrow_ways)
+def test_strategies_agree_on_rounded_sums(make_device, index):
+    """Rounding comes before the exchange, so it is the same whoever adds; and it is little."""
+    one = [{"prompt": prompt_of(MODELS[index], MODELS[index].options["max_rows"] + 1), "max_tokens": 4}]
+    first, *others = [run_whole(make_device, case, one, **options) for case, options in narrow_ways(index)]
+    for run in others:
+        same_bits(first, run, f"{Strategy(run.shape['strategy']).name} above {run.shape['one_shot_rows']} rows")
+    exact = run_whole(make_device, ways(index)[0][0], [one[0] | {"max_tokens": 1}], tap=True).logits()[0]
+    rounded = run_whole(make_device, ways(index)[0][0], [one[0] | {"max_tokens": 1}], tap=True, bf16_partials=True).logits()[0]
+    assert 0 < np.abs(rounded - exact).max() < 0.25 * exact.std()
 
 
 def grids(index: int) -> list[tuple[Case, dict]]:

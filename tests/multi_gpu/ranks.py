@@ -12,6 +12,7 @@ import numpy as np
 
 from imex_persist.model.config import ModelConfig
 from imex_persist.runtime import faults
+from imex_persist.runtime.marks import Marks
 from imex_persist.runtime.rank import RankMemory, launch_params
 from imex_persist.runtime.shared import SharedBlock
 from imex_persist.runtime.weights import load_rank
@@ -65,11 +66,11 @@ class RankProcess:
         params["tap"] = self.tap.address
         self.params = launch_params([params])
 
-    def write_marks(self, nonce: int) -> None:
-        self.memory.write_marks(nonce)
+    def verify(self, nonce: int) -> None:
+        Marks(self.device, self.shape).verify(self.params, nonce, self.blocks[1].view)
 
-    def read_marks(self, nonce: int) -> None:
-        self.memory.read_marks(nonce)
+    def clear_marks(self) -> None:
+        self.memory.clear_marks()
 
     def clear(self) -> None:
         clear_rank(self.device, self.memory, self.tap, self.noise)
@@ -171,8 +172,8 @@ class ProcessRun(WholeRun):
         self.blocks = [SharedBlock.create(HOST_BYTES), SharedBlock.create(faults.fault_bytes(self.world))]
         self.host, self.faults = (np.frombuffer(block.view, np.uint8) for block in self.blocks)
         self.processes.ask_all("connect", handles, tuple(block.fd for block in self.blocks))
-        for step in ("write_marks", "read_marks"):
-            self.processes.ask_all(step, 12345)
+        self.processes.ask_all("verify", 12345)
+        self.processes.ask_all("clear_marks")
 
     def clear(self) -> None:
         self.processes.ask_all("clear")

@@ -65,6 +65,8 @@ def test_tokens(folder):
             assert len(numbers) == WORLD and len({identity["uuid"] for identity in llm.group.identities}) == WORLD
             topology = next(line for line in lines if line.startswith("topology: "))
             assert re.fullmatch(r"topology: (simulated|.*, peer access verified)", topology)
+            chosen = next(line for line in lines if line.startswith("all-reduce strategy: "))
+            assert chosen.endswith("(planned)" if SIMULATED else "(measured)")
     assert tokens[DEVICE, WORLD] == tokens[one_machine(), WORLD]
     for of_prompts in tokens.values():
         for prompt, answer in zip(PROMPTS, of_prompts, strict=True):

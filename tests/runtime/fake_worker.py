@@ -74,15 +74,34 @@ class FakeLaunch:
         return not self.thread.is_alive()
 
 
+class FakeMarks:
+    """Of marks.cu: all is well, or the first rank's words from rank 0 do not come."""
+
+    def __init__(self, params):
+        first = params["ranks"][0]
+        if PROBLEM == "marks" and int(first["rank"]) == WHERE:
+            address = int(first["fault"])
+            record = np.frombuffer((ctypes.c_char * 64).from_address(address), abi.FaultRecord, 1)
+            for name, value in dict(rank=WHERE, expected=9, seen=0, waited_us=2_000_000, source=0, valid=1).items():
+                record[name] = value
+
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
+
 class FakeDevice(SimDevice):
     ranks: list[int] = []
 
-    def load(self, shape):
+    def load(self, shape, *, source=None):
+        if source is not None:
+            return "marks"
         problem("build", self.ranks)
         self.shape = shape
         return shape
 
     def launch(self, kernel, params):
+        if isinstance(kernel, str):
+            return FakeMarks(params)
         problem("launch", self.ranks)
         self.host_calls += 1
         return FakeLaunch(kernel, params)
@@ -90,10 +109,6 @@ class FakeDevice(SimDevice):
     def export(self, buffer):
         handle = super().export(buffer)
         return handle.replace(str(os.getpid()), "99999999") if WHERE in self.ranks and PROBLEM == "handle" else handle
-
-    def download(self, buffer, offset, nbytes):
-        out = super().download(buffer, offset, nbytes)
-        return out + 1 if WHERE in self.ranks and PROBLEM == "marks" else out
 
 
 def problem(step: str, ranks: list[int]) -> None:

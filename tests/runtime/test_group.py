@@ -64,7 +64,7 @@ def test_nothing_is_left_behind():
         ("0:die-build", "rank 0 was killed by SIGKILL during the step 'build'"),
         ("1:die-load", "rank 1 was killed by SIGKILL during the step 'load'"),
         ("1:die-launch", "rank 1 was killed by SIGKILL during the step 'launch'"),
-        ("1:marks", "peer access does not work"),
+        ("1:marks", r"what rank 0 stored into rank 1's memory did not arrive in 2.0 s: peer access does not work"),
         ("1:handle", "the memory of peer process 99999999 cannot be opened"),
     ],
 )

@@ -12,7 +12,7 @@ from imex_persist.config import EngineConfig
 from imex_persist.model import packing
 from imex_persist.model.config import ModelConfig
 from imex_persist.planner import Machine
-from imex_persist.runtime import capacity, inputs, startup
+from imex_persist.runtime import capacity, inputs, strategy
 from imex_persist.runtime.capacity import choose_shape, from_fields, shared_machine, to_fields
 from tests.runtime.groups import CONFIG
 
@@ -222,5 +222,5 @@ def test_the_strategy_line(settings, text, one_row):
     shape["hidden_size"], shape["max_rows"] = 1024, 8
     for name, value in settings.items():
         shape[name] = value
-    assert startup.describe_strategy(shape) == text
-    assert startup.decode_strategy(shape) == one_row
+    assert strategy.describe(shape, "planned") == text
+    assert strategy.of_one_row(shape) == one_row

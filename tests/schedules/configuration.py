@@ -19,7 +19,9 @@ from tests.kernel.drawing import random_params
 SALT = 6
 SCHEDULES = 12
 LONG_ROWS = 16  # rows of configurations whose prompt is long enough to be cut into runs
-EXCHANGES = ((Strategy.ONE_SHOT_LOCAL, None), (Strategy.ONE_SHOT_LOCAL, 0), (Strategy.TWO_SHOT, 0), (Strategy.TWO_SHOT, 1))
+EXCHANGES = (
+    (Strategy.ONE_SHOT_LOCAL, None), (Strategy.ONE_SHOT_LOCAL, 0), (Strategy.TWO_SHOT, 0), (Strategy.TWO_SHOT, 1), (Strategy.SEMAPHORE, 0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def test_what_is_drawn():
     assert {c.options["world_size"] for c in cases} == {1, 2, 3, 4}
     assert {c.options["down_slices"] for c in cases} == {1, 2}
     assert {c.options["max_rows"] for c in cases} >= {1, 2, 3, 4, 16}
-    assert {c.options["strategy"] for c in cases} == {1, 2}
+    assert {c.options["strategy"] for c in cases} == {1, 2, 3}
     assert {c.options["one_shot_rows"] for c in cases} >= {None, 0, 1}
     assert {c.max_stages for c in drawn} == set(range(4, 13))
     assert {c.case.num_blocks for c in drawn} >= {*range(2, 9), 132}

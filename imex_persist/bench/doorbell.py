@@ -1,0 +1,56 @@
+"""`imex-persist bench doorbell`: what the host costs. A descriptor that does nothing, there and back through a running engine's mailbox,
+and how much longer than its steps the first token of an idle kernel takes."""
+
+from __future__ import annotations
+
+import gc
+import time
+from itertools import pairwise
+from statistics import median
+
+from imex_persist.bench.drive import drive, noops
+
+ROUNDS = {"cuda": 2000, "sim": 20}
+FIRST_TOKENS = {"cuda": 50, "sim": 2}
+STEPS = {"cuda": 200, "sim": 4}
+IDLE_S = 0.01  # before each first token: long enough for the mailbox's polls to slow down
+
+
+def settings() -> dict:
+    return {"max_model_len": 256, "max_num_seqs": 1, "max_rows": 1}
+
+
+def measure(llm) -> dict:
+    kind = llm.group.placement.kind
+    gc.collect()
+    gc.disable()
+    try:
+        noops(llm, ROUNDS[kind] // 10)
+        busy = sorted(noops(llm, ROUNDS[kind]))
+        idle = sorted(noops(llm, FIRST_TOKENS[kind], IDLE_S))
+        (steady,) = drive(llm, [1], STEPS[kind] + 1)
+        step_ns = median(b - a for a, b in pairwise(steady.device_ns))
+        first = []
+        for _ in range(FIRST_TOKENS[kind]):
+            time.sleep(IDLE_S)
+            (one,) = drive(llm, [1], 1)
+            first.append(one.host_ns[0] - one.posted_ns)
+    finally:
+        gc.enable()
+    return {
+        "noop": _summary(busy),
+        "noop_after_idle": _summary(idle),
+        "step_us": step_ns / 1e3,
+        "first_token_us": median(first) / 1e3,
+        "first_token_beyond_us": (median(first) - step_ns) / 1e3,
+    }
+
+
+def _summary(ordered_ns: list[int]) -> dict:
+    count = len(ordered_ns)
+    return {
+        "median_us": ordered_ns[count // 2] / 1e3,
+        "p99_us": ordered_ns[count * 99 // 100] / 1e3,
+        "min_us": ordered_ns[0] / 1e3,
+        "count": count,
+    }
