@@ -36,7 +36,7 @@ def test_a_torn_line_is_never_whole(make_box):
     for sequence in range(1, 2 * abi.DESCRIPTOR_SLOTS + 1):
         lines.append(np.array([box.kernel.descriptors[(sequence - 1) % abi.DESCRIPTOR_SLOTS]]).view(np.uint32))
         small = {name: int(rng.integers(8)) for name in ("request", "max_tokens", "min_tokens")}  # words that differ alike
-        box.mailbox.submit(slot=0, prompt=[1] * int(rng.integers(8)), pages=range(int(rng.integers(1, 8))), **small)
+        box.mailbox.submit(slot=0, prompt=[1] * int(rng.integers(1, 8)), pages=range(int(rng.integers(1, 8))), **small)
         new = np.array([box.kernel.descriptors[(sequence - 1) % abi.DESCRIPTOR_SLOTS]]).view(np.uint32)
         for _ in range(500):
             torn = np.where(rng.integers(0, 2, 16), new, lines[-1]).tolist()
