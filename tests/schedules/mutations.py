@@ -62,7 +62,7 @@ BLOCK = (
     one("merge_without_barrier", "warps' results are merged before all are there", "phases/attention.cuh",
         "item_merge(b, item, b.warp), item.heads);\n" + SYNC, "item_merge(b, item, b.warp), item.heads);"),
     one("one_set_of_norm_sums", "sums of squares are overwritten that an adder still reads", "norm.cuh",
-        "return phase == Phase::kGateUp;", "return 0;"),
+        "return phase == Phase::kGateUp;", "return 0;", **TSAN),
     gone("receive_without_barrier", "the next activations overwrite the last phase's", "exchange.cuh",
          SYNC + "  // the phase before has read the activations\n"),
     one("receive_without_vote", "normalises before all of the vector has arrived", "exchange.cuh",
