@@ -57,7 +57,9 @@ u32 draw_policy(u32 slow) {  // eager, slow, or only when it must be
 // A few warps run only when nobody else can: none, up to three of them, those of one role in all blocks, or those of one block.
 void starve() {
   Machine& m = machine;
-  const u32 kind = random_u64() % 4, role = random_u64() % kNumWarps, block = random_u64() % m.num_blocks;
+  const u32 kind = random_u64() % 4,
+            role = random_u64() & 1 ? random_u64() % kNumWarps : kConsumerWarps + random_u64() % (kNumWarps - kConsumerWarps),
+            block = random_u64() % m.num_blocks;
   for (u32 i = random_u64() % 3 + 1; i && kind == 1; i--) m.warps[random_u64() % m.num_warps].starved = true;
   for (u32 w = 0; w < m.num_warps && kind == 2; w++) m.warps[w].starved = w % kNumWarps == role;
   for (u32 w = 0; w < kNumWarps && kind == 3; w++) m.blocks[block].warps[w].starved = true;

@@ -365,6 +365,7 @@ DEV void mbar_drain(Pending p) {
 DEV void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
   sim::point();
   sim::start_copy(shared, global, bytes, bar);
+  sim::point();  // who waits for it may overtake what comes next
 }
 
 }  // namespace imex

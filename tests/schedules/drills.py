@@ -133,7 +133,9 @@ def shared_page(source=None, trials: int = 24, first: int = 0) -> int:
 def dead_peer(source=None, trials: int = 3, first: int = 0) -> int:
     """Rank 1 never runs: rank 0 must give up at its deadline, say so, and leave."""
     config = tiny(1, 1)
-    kernel = Kernel(config, tap=False, source=source, deadline_us=50_000)
+    kernel = Kernel(
+        config, tap=False, source=source, deadline_us=500_000
+    )  # the clock runs with the wall's where nothing can run
     try:
         kernel.launch_params["num_ranks"] = 1
         for trial in range(first, first + trials):
@@ -149,15 +151,15 @@ def dead_peer(source=None, trials: int = 3, first: int = 0) -> int:
     return trials
 
 
-def aborted_threads(source=None, trials: int = 40, first: int = 0) -> int:
+def aborted_threads(source=None, trials: int = 60, first: int = 0) -> int:
     """Every thread a fiber, and the abort word rises anywhere in a run: lanes of one warp may hear of it at different places."""
     kernel = Kernel(tiny(0, 32), tap=False, source=source)
     kernel.timeout_s = 20
     try:
-        kernel.run(Schedule(0, {"mode": "random", "preempt": 16}))
+        kernel.run(Schedule(1, {"mode": "random", "preempt": 16}))
         dispatches = kernel.stats["steps"]
+        rng = np.random.default_rng(first)
         for trial in range(first, first + trials):
-            rng = np.random.default_rng(trial)
             hostile = {"preempt": int(rng.choice([4, 16, 64])), "delay_copies": True, "stalls": trial % 2 == 1}
             kernel.run(Schedule(trial, {"mode": "random", "abort_step": int(rng.integers(1, dispatches)), **hostile}))
     finally:

@@ -62,7 +62,7 @@ BLOCK = (
     one("merge_without_barrier", "warps' results are merged before all are there", "phases/attention.cuh",
         "item_merge(b, item, b.warp), item.heads);\n" + SYNC, "item_merge(b, item, b.warp), item.heads);"),
     one("one_set_of_norm_sums", "sums of squares are overwritten that an adder still reads", "norm.cuh",
-        "return phase == Phase::kGateUp;", "return 0;"),
+        "return phase == Phase::kGateUp;", "return 0;", **TSAN),
     gone("receive_without_barrier", "the next activations overwrite the last phase's", "exchange.cuh",
          SYNC + "  // the phase before has read the activations\n"),
     one("receive_without_vote", "normalises before all of the vector has arrived", "exchange.cuh",
@@ -72,7 +72,7 @@ BLOCK = (
     one("sample_without_vote", "takes the best of warps that have not brought theirs", "phases/sample.cuh",
         "if (!all_well(b)) return false;", "if (b.waiter.failed) return false;"),
     one("step_end_without_barrier", "the mailbox reads tokens before they are written", "phases/sample.cuh",
-        SYNC + "\n  if (b.thread == 0) mbar_arrive(&b.shared->step_end", "  if (b.thread == 0) mbar_arrive(&b.shared->step_end"),
+        SYNC + "\n  if (b.shared->num_drawing", "  if (b.shared->num_drawing"),
     one("candidates_not_awaited", "publishes a block's best before the adders have it", "phases/lm_head.cuh",
         "mbar_wait(b.waiter, Wait::kPartial, false, Pending{&b.shared->candidates_ready, b.num_lm_heads++ & 1});", "b.num_lm_heads++;"),
 )  # fmt: skip

@@ -81,8 +81,6 @@ LEAVING = (
              (("stream.cuh", "mbar_wait_warp(b.waiter, Wait::kTile, full, full2,", "mbar_wait(b.waiter, Wait::kTile, false, full, full2,"),
               ("stream.cuh", "mbar_wait_warp(b.waiter, Wait::kTile, full, also", "mbar_wait(b.waiter, Wait::kTile, false, full, also")),
              **DRILL),
-    one("adder_lane_by_lane", "the same where partial sums are added", "adders.cuh",
-        "mbar_wait_warp(b.waiter, Wait::kPartial, done)", "mbar_wait(b.waiter, Wait::kPartial, false, done)", **DRILL),
     one("leaves_without_a_vote", "a block's warps do not leave together", "words.cuh", "  return all_well(b);\n}\n\n}  // namespace",
         "  consumer_sync();\n  return !b.waiter.failed;\n}\n\n}  // namespace", **THREADS),
 )  # fmt: skip
