@@ -170,7 +170,7 @@ def suspended_for_too_long(folder: str, settings: dict, victim: int) -> None:
 # ------------------------------------------------------------------------------------------------ rings
 def sleeping_reader(folder: str, settings: dict) -> None:
     """Nobody reads records for longer than the deadline: the kernel pauses when their ring is full, and that is no fault."""
-    with Nothing(), LLM(folder, **settings) as llm:
+    with Nothing(), LLM(folder, **settings | {"max_model_len": 2 * abi.RECORD_SLOTS}) as llm:
         awake, done, tokens = threading.Event(), threading.Event(), []
 
         def sink(event) -> None:  # runs in the thread that reads the ring

@@ -92,7 +92,10 @@ def _drawn(number: int, requests: list[Request], vocab_size: int) -> list[Reques
     """Some requests are not plainly greedy; of them one in three wants log-probabilities."""
     rng, out = np.random.default_rng([SALT, 2, number]), []
     for r in requests:
-        fields = random_params(rng, vocab_size) | {"max_tokens": r.max_tokens, "stop_token_ids": r.stop, "min_tokens": 0}
+        fields = (
+            random_params(rng, vocab_size) if rng.integers(4) else {"temperature": 0}
+        )  # masked only, if stop tokens must wait
+        fields |= {"max_tokens": r.max_tokens, "stop_token_ids": r.stop, "min_tokens": 0}
         if rng.integers(3) == 0:
             fields["logprobs"] = int(rng.choice([0, 3, 20]))
         masks = min(r.min_tokens, r.max_tokens)
