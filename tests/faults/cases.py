@@ -170,25 +170,28 @@ def suspended_for_too_long(folder: str, settings: dict, victim: int) -> None:
 # ------------------------------------------------------------------------------------------------ rings
 def sleeping_reader(folder: str, settings: dict) -> None:
     """Nobody reads records for longer than the deadline: the kernel pauses when their ring is full, and that is no fault."""
-    with Nothing(), LLM(folder, **settings | {"max_model_len": 2 * abi.RECORD_SLOTS}) as llm:
-        awake, done, tokens = threading.Event(), threading.Event(), []
+    requests, each = 3, abi.RECORD_SLOTS // 2 - 100  # together more than the ring holds
+    with Nothing(), LLM(folder, **settings | {"max_num_seqs": requests}) as llm:
+        awake, done, tokens = threading.Event(), threading.Semaphore(0), []
 
         def sink(event) -> None:  # runs in the thread that reads the ring
             awake.wait()
             tokens.append(getattr(event, "token", None))
             if isinstance(event, Exception) or event.finish_reason:
-                done.set()
+                done.release()
 
-        count, mailbox = abi.RECORD_SLOTS + 200, llm.group.mailbox
-        llm.engine.submit(Submission((5, 6), max_tokens=count), sink)
+        mailbox = llm.group.mailbox
+        for first in range(requests):
+            llm.engine.submit(Submission((5 + first, 6), max_tokens=each), sink)
         before, since = -1, time.monotonic()
         while time.monotonic() - since < settings["deadline_s"] + 0.5:
             if mailbox.steps != before:
                 before, since = mailbox.steps, time.monotonic()
             time.sleep(0.02)
-        assert abi.RECORD_SLOTS // 2 < before < count
+        assert abi.RECORD_SLOTS // 2 < requests * before < requests * each
         awake.set()
-        assert done.wait(120) and len([t for t in tokens if t is not None]) == count
+        assert all(done.acquire(timeout=120) for _ in range(requests))
+        assert len([t for t in tokens if t is not None]) == requests * each
         assert llm.group.error is None and llm.engine.drain(5)
 
 

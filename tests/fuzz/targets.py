@@ -310,7 +310,8 @@ SAMPLING = st.fixed_dictionaries(
 
 
 def sampling(options: dict) -> None:
-    SamplingParams(**options)
+    """From fields to the words that the kernel gets, in a vocabulary that stop tokens may be outside of, or all of."""
+    inputs.submission([1, 2], SamplingParams(**options), (0,), max_model_len=64, vocab_size=8)
 
 
 TARGETS = {

@@ -47,10 +47,13 @@ def flat_weights(case: Case, logits: np.ndarray) -> DictWeights:
 class FlatModel:
     """Runs requests to their ends, again and again. `logits` are what the kernel makes of the given ones: float32 [vocab_size]."""
 
-    def __init__(self, make_device, logits: Sequence[float], world_size: int = 1, rows: int = 16):
+    def __init__(
+        self, make_device, logits: Sequence[float], world_size: int = 1, rows: int = 16, renew_steps: int | None = None
+    ):
         self.case = flat_case(len(logits), world_size, rows)
         device = make_device(BLOCKS)
         shape = self.case.shape(device.machine.shared_memory_bytes, tap=True)
+        shape["renew_steps"] = renew_steps or shape["renew_steps"]
         self.run = KernelRun(device, self.case.config, flat_weights(self.case, np.asarray(logits, np.float32)), shape)
         self.decode([{"prompt": [0], "max_tokens": 1}])
         taps = [self.run.tap_of(rank, Phase.LM_HEAD) for rank in range(self.run.world)]

@@ -137,6 +137,23 @@ def test_a_seed_is_a_sequence(make_device):
     assert other != known[0]
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+@flat(24)
+def test_epochs_begin_again_in_the_middle_of_draws(make_device, world_size):
+    """Searches count their rounds anew after a renewal, and log-probabilities find no words of before."""
+    if not hasattr(make_device, "lanes"):
+        pytest.skip(
+            "of the simulator: on a GPU each number of steps is a build of its own, and renewals are not what is asked here"
+        )
+    known = None
+    for renew_steps in (None, 4, 1):
+        m = FlatModel(make_device, LOGITS, world_size, renew_steps=renew_steps)
+        tokens = m.decode([m.request([1, 2], seed=i, logprobs=2, max_tokens=9, **SAMPLERS[n]) for i, n in enumerate(SAMPLERS)])
+        seen = tokens, [m.logprobs(i) for i in range(len(tokens))]
+        known = known or seen
+        assert seen == known, f"epochs of {renew_steps} steps"
+
+
 @pytest.mark.parametrize(
     ("params", "possible"),
     [

@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from imex_persist import sampling_params
 from imex_persist.runtime.request import Event, Request
 from imex_persist.sampling_params import SamplingParams
 
@@ -78,20 +77,7 @@ def random_params(rng: np.random.Generator, sizes: Sizes) -> SamplingParams:
         fields |= {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": -0.2}
     if rng.integers(4) == 0:
         fields["logprobs"] = int(rng.integers(0, 6))
-    return supported(SamplingParams(**fields))
-
-
-def supported(params: SamplingParams) -> SamplingParams:
-    """`params` without what is refused by name."""
-    check = getattr(sampling_params, "check_supported", lambda _: None)  # gone once everything is
-    while True:
-        try:
-            check(params)
-            return params
-        except ValueError as error:
-            name = str(error).partition("=")[0]
-            plain = 0.0 if name == "temperature" else SamplingParams.__dataclass_fields__[name].default
-            params = replace(params, **{name: plain})
+    return SamplingParams(**fields)
 
 
 def traffic(seed: int, count: int, sizes: Sizes) -> list[Wanted]:
