@@ -17,7 +17,7 @@ DEV void add_units(Block& b, int adder) {
   for (u32 n = adder;; n += kAdderWarps) {
     const int slot = n % kPartSlots;
     const Pending done = {&b.shared->done[slot], n / kPartSlots & 1};
-    if (!mbar_wait_warp(b.waiter, Wait::kPartial, done)) return;
+    if (!mbar_wait_warp(b.waiter, Wait::kPartial, true, done)) return;
     const UnitNote note = b.shared->notes[slot];
     mark_sent(b, adder, sent, note, false);
     if (note.unit == kUnitExit) return;

@@ -121,7 +121,7 @@ DEV bool wait_stages(Block& b, int count, Also... also) {
   const Pending full = {&b.shared->full[b.ring.stage], b.ring.parity}, full2 = {&b.shared->full[second.stage], second.parity};
   const bool late = shape().trace && !mbar_test_now(count > 1 ? full2 : full);  // a wait is timed only if its first poll fails
   const u32 began = late ? clock_low() : 0;
-  const bool here = count > 1 ? mbar_wait_warp(b.waiter, Wait::kTile, full, full2, also...) : mbar_wait_warp(b.waiter, Wait::kTile, full, also...);
+  const bool here = count > 1 ? mbar_wait_warp(b.waiter, Wait::kTile, false, full, full2, also...) : mbar_wait_warp(b.waiter, Wait::kTile, false, full, also...);
   if (late) b.tile_clocks += clock_low() - began;
   return here;
 }
@@ -159,7 +159,7 @@ DEV void hand_over(Block& b, int unit, Store store) {
 }
 DEV void hand_over_mark(Block& b, int mark) {  // to each adder
   for (int i = 0; i < kAdderWarps; i++) {
-    if (!mbar_wait_warp(b.waiter, Wait::kPartial, free_slot(b, b.num_units))) return;
+    if (!mbar_wait_warp(b.waiter, Wait::kPartial, false, free_slot(b, b.num_units))) return;
     hand_over(b, mark, [](int) {});
   }
 }

@@ -242,7 +242,7 @@ DEV bool mbar_wait(Waiter& w, Wait, bool, Phases... phases) {
 }
 // The same for a whole warp, all lanes together: true when all have seen all, false when the block must leave.
 template <class... Phases>
-DEV bool mbar_wait_warp(Waiter& w, Wait, Phases... phases) {
+DEV bool mbar_wait_warp(Waiter& w, Wait, bool, Phases... phases) {
   if (__all_sync(~0u, mbar_test(phases...))) return true;
   for (u32 polls = 1; !__all_sync(~0u, mbar_test(phases...)); polls++) {
     if (polls % kPollsPerCheck == 0) w.failed = __any_sync(~0u, w.failed || aborted(w.params));

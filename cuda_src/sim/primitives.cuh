@@ -352,8 +352,8 @@ DEV bool mbar_wait(Waiter& w, Wait kind, bool idle, Pending first, Phases... pha
   return mbar_wait(w, kind, idle, first) && mbar_wait(w, kind, idle, phases...);
 }
 template <class... Phases>
-DEV bool mbar_wait_warp(Waiter& w, Wait kind, Phases... phases) {
-  mbar_wait(w, kind, false, phases...);
+DEV bool mbar_wait_warp(Waiter& w, Wait kind, bool idle, Phases... phases) {
+  mbar_wait(w, kind, idle, phases...);
   return !warp_any(w.failed);
 }
 DEV void mbar_drain(Pending p) {

@@ -191,7 +191,8 @@ def sleeping_reader(folder: str, settings: dict) -> None:
         assert abi.RECORD_SLOTS // 2 < requests * before < requests * each
         awake.set()
         assert all(done.acquire(timeout=120) for _ in range(requests))
-        assert len([t for t in tokens if t is not None]) == requests * each
+        got = len([t for t in tokens if t is not None])
+        assert got == requests * each, f"{got} tokens of {requests * each}"
         assert llm.group.error is None and llm.engine.drain(5)
 
 
