@@ -19,6 +19,7 @@ DEFAULT_MAX_ROWS = 8  # as many as fit, at most so many
 DEFAULT_MAX_MODEL_LEN = {"cuda": 8192, "sim": 2048}
 DEFAULT_DEADLINE_S = {"cuda": 2.0, "sim": 20.0}  # the simulator's ranks share few cores with everything else
 STRATEGIES = tuple(member.name for member in abi.Strategy)
+MEASURED = "MEASURED"  # of the strategies: what the exchange alone likes best on these GPUs (runtime/strategy.py)
 EXCHANGE_DTYPES = ("float32", "bfloat16")
 P2P_LEVELS = ("LOC", "NVL", "PIX", "PXB", "PHB", "SYS")  # NCCL's words, the strictest first
 _P2P_NUMBERS = ("LOC", "PIX", "PXB", "PHB", "SYS")  # NCCL's older form of them
@@ -59,7 +60,7 @@ class EngineConfig:
     load_format: str = setting("auto", "auto, or dummy for random weights")
     seed: int = setting(0, "seed of dummy weights; of drawn tokens too, where `generate` is given it")
     exchange: str | None = setting(
-        None, f"all-reduce strategy of every step: {', '.join(STRATEGIES)}; else by size, as measured at start (sim: planned)"
+        None, f"all-reduce strategy of every step: {', '.join(STRATEGIES)}; {MEASURED}: by size, as measured at start; else planned"
     )
     exchange_dtype: str = setting(
         "float32", "what partial sums are exchanged as: float32, or bfloat16, which is half the bytes and rounds them"
@@ -72,6 +73,11 @@ class EngineConfig:
         "how near GPUs must be to exchange, NCCL's words: NVL refuses pairs without NVLink, LOC every pair",
         environment=("NCCL_P2P_LEVEL",),
     )
+
+    @property
+    def strategy(self) -> abi.Strategy | None:
+        """The strategy that was asked for by name."""
+        return abi.Strategy[self.exchange] if self.exchange in STRATEGIES else None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, (str, os.PathLike)) or not str(self.model):
@@ -91,7 +97,7 @@ class EngineConfig:
             raise ValueError(f"trace_events is {self.trace_events}: 0 or a power of two is allowed")
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         if self.exchange is not None:
-            _one_of("exchange", self.exchange, STRATEGIES)
+            _one_of("exchange", self.exchange, (*STRATEGIES, MEASURED))
         _one_of("exchange_dtype", self.exchange_dtype, EXCHANGE_DTYPES)
         if self.p2p_level is not None:
             object.__setattr__(self, "p2p_level", _p2p_level(self.p2p_level))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from imex_persist.config import DEFAULT_DEADLINE_S, EngineConfig
+from imex_persist.config import DEFAULT_DEADLINE_S, MEASURED, EngineConfig
 from imex_persist.errors import ImexError
 from imex_persist.log import log, warn
 from imex_persist.model.load import load_model
@@ -125,9 +125,9 @@ class LLM:
             return capacity.choose_shape(self.config, self.model.config, machine, kind, free, exchange)
 
         plan = make()
-        if self.config.exchange is not None:
+        if self.config.strategy is not None:
             self.group.strategy_source = "set"
-        elif kind == "cuda" and self.config.tensor_parallel_size > 1:
+        elif self.config.exchange == MEASURED and kind == "cuda" and self.config.tensor_parallel_size > 1:
             shape = strategy.replan(strategy.measured_choice(self.group, plan, machine), plan, make)
             self.group.strategy_source = "planned" if shape is plan else "measured"
             return shape

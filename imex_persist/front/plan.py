@@ -182,10 +182,9 @@ def _kernel(config: EngineConfig, model: ModelConfig, shape: np.void, card: Card
 
 
 def _rows(config: EngineConfig, model: ModelConfig, card: Card, rows: int, max_model_len: int) -> dict:
-    strategy = None if config.exchange is None else abi.Strategy[config.exchange]
     sizes = {"world_size": config.tensor_parallel_size, "max_rows": rows, "max_model_len": max_model_len}
     try:
-        shape = planner.make_shape(model, **sizes, machine=card.machine, strategy=strategy)
+        shape = planner.make_shape(model, **sizes, machine=card.machine, strategy=config.strategy)
     except ValueError as error:
         return {"rows": rows, "fits": False, "why_not": str(error)}
     exchanged = config.tensor_parallel_size > 1

@@ -41,7 +41,7 @@ def choose_shape(
         "num_slots": num_slots,
         "max_model_len": max_model_len,
         "machine": machine,
-        "strategy": None if config.exchange is None else abi.Strategy[config.exchange],
+        "strategy": config.strategy,
         "bf16_partials": config.exchange_dtype == "bfloat16" and config.tensor_parallel_size > 1,
         "trace": config.trace_events,
         "trace_every": config.trace_every,

@@ -1,4 +1,4 @@
-"""Which exchange strategy for which number of rows: measured at start, on the GPUs that will use it, and remembered.
+"""Which exchange strategy for which number of rows, where `exchange=MEASURED` asks: measured at start on the GPUs that will use it.
 
 Before anything is loaded the workers run the exchange alone (cuda_src/bench/exchange.cu) with each strategy at the row counts of the
 shape, which takes well under a second once its kernels are built. The result is kept in the cache by everything that it depends on.
