@@ -60,7 +60,8 @@ class EngineConfig:
     load_format: str = setting("auto", "auto, or dummy for random weights")
     seed: int = setting(0, "seed of dummy weights; of drawn tokens too, where `generate` is given it")
     exchange: str | None = setting(
-        None, f"all-reduce strategy of every step: {', '.join(STRATEGIES)}; {MEASURED}: by size, as measured at start; else planned"
+        None,
+        f"all-reduce strategy of every step: {', '.join(STRATEGIES)}; {MEASURED}: by size, as measured at start; else planned",
     )
     exchange_dtype: str = setting(
         "float32", "what partial sums are exchanged as: float32, or bfloat16, which is half the bytes and rounds them"
