@@ -30,6 +30,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--out", metavar="FILE", help="write Chrome trace JSON, for ui.perfetto.dev")
     add("--html", metavar="FILE", help="write a page of one step, with zoom; it needs no network")
     add("--svg", metavar="FILE", help="write a picture of one step")
+    add("--console", metavar="FILE", help="write what is shown here as a picture, SVG")
 
 
 def run(args: argparse.Namespace, make_engine: Callable) -> int:
@@ -64,6 +65,10 @@ def run(args: argparse.Namespace, make_engine: Callable) -> int:
     )
     step = _picture_step(args, numbers, trace)
     _write(args, trace, step)
+    if args.console:
+        from imex_persist.observe.console import write_picture
+
+        write_picture(numbers, _title(args, llm), args.console)
     if args.json:
         print(json.dumps({"model": args.model, "text": stream.result.outputs[0].text, **numbers}))
     else:

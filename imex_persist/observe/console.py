@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -70,13 +73,29 @@ def show(r: dict, title: str, file=None) -> None:
     file = file or sys.stdout
     console = make_console(file)
     with console.capture() as text:
-        _head(console, r, title)
-        _where(console, r)
-        _phases(console, r)
-        _exchanges(console, r)
-        _requests(console, r)
-        _why(console, r)
+        _all(console, r, title)
     file.write("".join(f"{line.rstrip()}\n" for line in text.get().splitlines()))
+
+
+def write_picture(r: dict, title: str, path: str) -> None:
+    """The same as `show` prints, as an SVG of a terminal."""
+    console = Console(
+        record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor", highlight=False
+    )
+    _all(console, r, title)
+    text = console.export_svg(title="imex-persist trace")
+    Path(path).write_text(
+        re.sub(r"@font-face \{.*?\}\s*", "", text, flags=re.DOTALL)
+    )  # fonts from the network: a picture needs none
+
+
+def _all(console: Console, r: dict, title: str) -> None:
+    _head(console, r, title)
+    _where(console, r)
+    _phases(console, r)
+    _exchanges(console, r)
+    _requests(console, r)
+    _why(console, r)
 
 
 def note(console: Console, text: str) -> None:

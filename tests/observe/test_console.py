@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import xml.etree.ElementTree as xml
 from dataclasses import replace
 from functools import lru_cache
 
@@ -58,6 +59,16 @@ def test_a_terminal_gets_colours_unless_no_color(monkeypatch):
     assert "\x1b[" in shown(numbers(), Terminal())
     monkeypatch.setenv("NO_COLOR", "1")
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", shown(numbers(), Terminal()))
+
+
+def test_the_picture_says_what_a_pipe_gets_and_needs_no_network(tmp_path):
+    r = numbers()
+    console.write_picture(r, "a model", str(tmp_path / "console.svg"))
+    root = xml.fromstring((tmp_path / "console.svg").read_text())
+    drawn = "".join(root.itertext()).replace("\N{NO-BREAK SPACE}", " ")
+    lines = [line.strip() for line in shown(r, io.StringIO()).splitlines() if line.strip()]
+    assert all(line in re.sub(r"\s*\n\s*", "\n", drawn) for line in lines if line.isascii() and "  " not in line)
+    assert "url(" not in root.find(".//{http://www.w3.org/2000/svg}style").text
 
 
 def test_the_tables_say_what_json_says():
