@@ -115,7 +115,7 @@ DEV char* ring_stage(const Block& b, int stage) { return b.memory + shape().smem
 // ---------------------------------------------------------------------------------------------- epochs
 // Every use of a buffer has an epoch of its own: one a layer, one for what follows the last layer. 0 is never used, so zeroed
 // memory never matches. Epochs are compared for equality; they begin again, with zeroed memory, before they wrap (renew.cuh). Those of
-// plans may wrap: all words of a plan are stored in every second step.
+// plans do not: a launch ends before they would wrap (mailbox.cuh).
 DEV u32 epochs_per_step() { return shape().num_layers + 2; }
 DEV u32 layer_epoch(u32 step, u32 layer) { return step % shape().renew_steps * epochs_per_step() + layer + 1; }
 DEV u32 plan_epoch(u32 step) { return step + 1; }

@@ -32,7 +32,7 @@ DEV bool sample(Block& b) {
   for (int row = b.thread; row < rows; row += kConsumerThreads) {
     u64 k = 0;
     for (int w = 0; w < kConsumerWarps; w++) k = b.shared->best[row][w] > k ? b.shared->best[row][w] : k;
-    b.shared->tokens[b.step & 1][row] = candidate_id(k);
+    b.shared->tokens[b.step & 1][row] = k ? candidate_id(k) : 0;  // no candidate: logits that are no numbers
   }
   consumer_sync();
   if (b.shared->num_drawing && !find_logprobs(b.index, b.step)) return false;

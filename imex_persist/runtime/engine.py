@@ -262,7 +262,7 @@ class Engine:
         self.num_prompt_tokens += len(s.prompt_token_ids)
         self.num_cached_tokens += request.num_cached_tokens
         self._resident[request.id] = request
-        self._mailbox.submit(
+        posted = self._mailbox.submit(
             request=request.id,
             slot=request.slot,
             prompt=s.prompt_token_ids,
@@ -273,10 +273,11 @@ class Engine:
             cached_len=request.num_cached_tokens,
             sampling=s.sampling,
         )
+        assert posted is not None, "the ring had room, and only this thread posts"
         return True
 
     def _record(self, record: RecordEntry) -> None:
-        self._changed |= record.kind != abi.Record.TOKEN  # room in the ring, or free resources
+        self._changed |= record.kind not in (abi.Record.TOKEN, abi.Record.LOGPROB)  # room in the ring, or free resources
         request = self._resident.get(record.request)
         if request is None:
             return

@@ -79,7 +79,7 @@ def last_rows(shape: np.void, plans: np.ndarray) -> list[tuple[int, int, bool]]:
     epochs = (buffers >> np.uint64(32)).astype(np.int64)
     newest = int(epochs[:, 0].argmax())
     words = (buffers & np.uint64(0xFFFFFFFF)).astype(np.int64)
-    expect(words[newest, 0] >> 16 == Command.SHUTDOWN, "the last plan is no shutdown")
+    expect((words[newest, 0] & ~abi.PLAN_NEW_PAGES) >> 16 == Command.SHUTDOWN, "the last plan is no shutdown")
     last, count = words[1 - newest], int(words[1 - newest, 0] & 0xFFFF)
     if not epochs[1 - newest, 0]:
         return []
