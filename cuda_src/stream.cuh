@@ -159,6 +159,7 @@ DEV void hand_over(Block& b, int unit, Store store) {
 }
 DEV void hand_over_mark(Block& b, int mark) {  // to each adder
   for (int i = 0; i < kAdderWarps; i++) {
+    if (b.waiter.failed) return;  // who gave up owes units: its marks must not stand for them. Adders leave by the abort word
     if (!mbar_wait_warp(b.waiter, Wait::kPartial, false, free_slot(b, b.num_units))) return;
     hand_over(b, mark, [](int) {});
   }
@@ -177,7 +178,7 @@ DEV void multiply_units(Block& b) {
   operand_load(operand, activations(b), b.warp, rows);
   Share share[2][kGroup];  // in turn; the indices are constants
   int unit = kUnitEnd;
-  u32 units = b.num_units;  // taken so far, the one to come included
+  u32 units = b.num_units;  // the number of the next unit to be taken
   auto size = [&](int group) { return (int)smaller(width, tiles - group * width); };
   auto take = [&](Share (&to)[kGroup], int group) {  // the stages at the cursor, which hold this group of a unit
     if (!(group ? wait_stages(b, size(group)) : wait_stages(b, size(0), free_slot(b, units)))) return false;

@@ -77,6 +77,10 @@ def check_sass(blocks: list[list[str]], tuned: bool) -> None:
     opcodes = Counter(opcode for block in blocks for opcode in block)
     for wanted in ("HMMA.16816.F32.BF16", "LDS.128", "UBLKCP.S.G", "LDG.E.128.STRONG.SYS", "STG.E.128.STRONG.SYS"):
         assert opcodes[wanted], f"{wanted} is missing from the machine code"
+    for wanted in ("USETMAXREG.TRY_ALLOC", "USETMAXREG.DEALLOC"):  # a call might have made the compiler ignore the new deal
+        assert not tuned or any(opcode.startswith(wanted) for opcode in opcodes), (
+            f"{wanted} is missing: registers are not dealt anew"
+        )
     matrix = [Counter(block) for block in blocks if any(opcode.startswith("HMMA") for opcode in block)]
     local = [opcode for block in matrix for opcode in block.elements() if opcode.startswith(("LDL", "STL"))]
     assert len(local) <= LOCAL_BESIDE or not tuned, f"local memory is used beside the matrix instructions: {local}"
