@@ -56,7 +56,7 @@ class Wanted:
 
 
 def random_params(rng: np.random.Generator, sizes: Sizes) -> SamplingParams:
-    """Any parameters, as far as this version supports them."""
+    """Any parameters, greedy and drawn."""
     vocab, most = sizes.vocab_size, int(rng.integers(1, sizes.max_tokens + 1))
     fields = {
         "max_tokens": most,
