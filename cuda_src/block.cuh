@@ -82,6 +82,7 @@ struct Block {
   const RankParams* params;
   Shared* shared;
   char* memory;  // all of shared memory
+  u64* words;    // the own rank's symmetric memory: every poll needs it, and looking it up costs two reads of constants
   Waiter waiter;
   int index;  // of the rank's blocks
   int warp;   // consumers: 0 .. kConsumerWarps - 1
@@ -94,11 +95,33 @@ struct Block {
   u32 num_lm_heads;                         // steps that had logits
 };
 
+// As this thread begins.
+DEV Block make_block(const RankParams* params, int index) {
+  Block b{};
+  b.params = params;
+  b.memory = shared_memory();
+  b.shared = (Shared*)b.memory;
+  b.words = (u64*)params->peers[params->rank];
+  b.index = index;
+  b.warp = warp_index();
+  b.lane = lane_index();
+  b.thread = b.warp * LANES + b.lane;
+  b.waiter.params = params;
+  b.waiter.phase = Phase::kEmbed;
+  return b;
+}
+// The launch's blocks are divided among the ranks that it runs.
+DEV Block this_block(const LaunchParams& launch) {
+  return make_block(&launch.ranks[grid_block() / shape().num_blocks], grid_block() % shape().num_blocks);
+}
+
 DEV int num_rows(const Block& b) { return shape().max_rows == 1 ? 1 : (int)b.shared->num_rows; }
 
 // ---------------------------------------------------------------------------------------------- addresses
-DEV u64* words_of(const Block& b, u32 rank, u32 offset) { return (u64*)b.params->peers[rank] + offset; }
-DEV u64* own_words(const Block& b, u32 offset) { return words_of(b, b.params->rank, offset); }
+DEV u64* own_words(const Block& b, u32 offset) { return b.words + offset; }
+DEV u64* words_of(const Block& b, u32 rank, u32 offset) {
+  return shape().world_size == 1 ? own_words(b, offset) : (u64*)b.params->peers[rank] + offset;
+}
 DEV u32* abort_word(const RankParams* p, u32 rank) { return (u32*)((u64*)p->peers[rank] + shape().off_abort); }
 
 // bf16 [K / 32, max_rows, 32]: the rows' activations, in the order the tensor core takes them

@@ -138,18 +138,7 @@ DEV void start_barriers(Shared& s) {
 // Launch: (ranks here) x Shape.num_blocks blocks of kThreads, all resident at once (cooperative), Shape.smem_bytes of shared memory.
 KERNEL decode(const GRID_CONSTANT imex::LaunchParams launch) {
   using namespace imex;
-  const u32 rank = grid_block() / shape().num_blocks;
-  Block b;
-  b.params = &launch.ranks[rank];
-  b.memory = shared_memory();
-  b.shared = (Shared*)b.memory;
-  b.index = grid_block() % shape().num_blocks;
-  b.warp = warp_index();
-  b.lane = lane_index();
-  b.thread = b.warp * LANES + b.lane;
-  b.step = 0;
-  b.num_units = b.num_lm_heads = b.num_events = b.num_aligns = b.tile_clocks = 0;
-  b.waiter = {b.params, 0, Phase::kEmbed, false};
+  Block b = this_block(launch);
   if (b.thread == 0) {
     b.shared->fault.set = 0;
     b.shared->num_rounds = 0;

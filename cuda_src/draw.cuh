@@ -99,17 +99,10 @@ DEV bool draw(Block& b) {
 // All consumers, after the adders have brought their candidates; false when the block must leave. Off the greedy path, so a call: its
 // code and registers are its own. It takes plain numbers and makes its own Block: the caller's never needs an address.
 DEV Block called_block(int index, u32 step) {
-  Block b;
-  b.memory = shared_memory();
-  b.shared = (Shared*)b.memory;
-  b.params = b.shared->params;
-  b.index = index;
-  b.warp = warp_index();
-  b.lane = lane_index();
-  b.thread = b.warp * LANES + b.lane;
+  Block b = make_block(((Shared*)shared_memory())->params, index);
   b.step = step;
-  b.num_units = b.num_lm_heads = b.num_events = b.tile_clocks = 0;
-  b.waiter = {b.params, shape().num_layers, Phase::kSample, false};
+  b.waiter.layer = shape().num_layers;
+  b.waiter.phase = Phase::kSample;
   return b;
 }
 DEV_CALL bool draw_rows(int index, u32 step) {

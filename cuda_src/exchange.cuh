@@ -89,21 +89,21 @@ DEV void send_unit(const Block& b, Exchange x, int rows, u32 slice, int unit, u3
   if (semaphore()) raise_signals(b, x.part_offset, num_sources(x), b.params->rank * x.slices + slice, unit, epoch);
 }
 
-// A block's whole part in ONE_SHOT: adds every source's words to the replicated residual. Returns the last row's sum of squares.
-DEV float receive_whole(Block& b, Exchange x, u32 epoch, Phase phase, bool weighs) {
-  const int quads = shape().hidden_size / 4, per_row = quads_per_thread();
+// A block's whole part in ONE_SHOT: adds every source's words to the replicated residual and puts it, rounded, among the activations.
+// Returns the squares that put_residual does.
+DEV float receive_whole(Block& b, Exchange x, u32 epoch, bool weighs) {
+  const int quads = shape().hidden_size / 4, per_row = quads_per_thread(quads);
   const int parts = narrow() ? 1 : 2, loads = parts * num_sources(x);  // of a quad: each source's, two words each
-  auto quad_of = [&](int item) { return b.thread + item % per_row * kConsumerThreads; };  // may be beyond the row's last
   float sum[4] = {0.f, 0.f, 0.f, 0.f}, squares = 0.f;
-  gather(
+  gather_batches(
       b, epoch, num_rows(b) * per_row * loads,
       [&](int i) {
-    const int item = i / loads, n = smaller(quad_of(item), quads - 1) * 4 + i % parts * 2;
+    const int item = i / loads, n = held_quad(quad_of(b, item % per_row), quads) * 4 + i % parts * 2;
     return own_words(b, part_word(x, i % loads / parts, item / per_row, n));
       },
       [&](int i) {
     return (u32)(i % loads / parts) / x.slices; },
-      [&](int i, u32 first, u32 second) {
+      [&](int i, bool live, u32 first, u32 second) {
     const bool start = i % loads < parts;
     if (narrow()) {
       const float v[4] = {bf16_low(first), bf16_high(first), bf16_low(second), bf16_high(second)};
@@ -115,88 +115,61 @@ DEV float receive_whole(Block& b, Exchange x, u32 epoch, Phase phase, bool weigh
           s1 = (start ? 0.f : s1) + bits_float(second);
         }
         if (i % loads < loads - 1) return;
-        const int item = i / loads, row = item / per_row, quad = quad_of(item);
-        if (item % per_row == 0) {
-          if (row) put_row_sum(b, phase, row - 1, squares);
-          squares = 0.f;
-        }
-        if (quad < quads) squares += add_to_residual(b, row, quad, {sum[0], sum[1], sum[2], sum[3]}, weighs);
+        const int item = i / loads, row = item / per_row, quad = quad_of(b, item % per_row);
+        squares += add_to_residual(b, row, quad, {sum[0], sum[1], sum[2], sum[3]}, live && is_quad(quad, quads), weighs);
       });
   return squares;
 }
 
 // A slice owner's part in the others: adds every source's words of its slice to its residual and publishes them, rounded.
 DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
-  const int pairs = shape().hidden_size / 2, sources = num_sources(x);
-  const int mine = owned_pairs(), begin = owner_index(b) * mine, owned = (int)smaller(begin + mine, pairs) - begin;
-  if (owned <= 0) return;
-  const int total = num_rows(b) * owned;
-  auto at = [&](int i) { return (int)smaller(b.thread + i / sources * kConsumerThreads, total - 1); };
-  float2 sum = {0.f, 0.f};
-  gather(
-      b, epoch, divide_up(total, kConsumerThreads) * sources,
-      [&](int i) {
-        const u32 word = part_word(x, i % sources, at(i) / owned, 2 * (begin + at(i) % owned));
-        return own_words(b, word & ~1u);  // of a pair of narrow words one is this thread's
-      },
-      [&](int i) { return (u32)(i % sources) / x.slices; },
-      [&](int i, u32 first, u32 second) {
-        const bool start = i % sources == 0;
-        const u32 both = (begin + at(i) % owned) % 2 ? second : first;
-        sum.x = (start ? 0.f : sum.x) + (narrow() ? bf16_low(both) : bits_float(first));
-        sum.y = (start ? 0.f : sum.y) + (narrow() ? bf16_high(both) : bits_float(second));
-        if (i % sources < sources - 1 || b.thread + i / sources * kConsumerThreads >= total || b.waiter.failed) return;
-        const int row = at(i) / owned, pair = at(i) % owned;
-        float2* r = (float2*)(residual(b) + (row * mine + pair) * 2);
-        const float2 v = {r->x + sum.x, r->y + sum.y};
-        *r = v;
-        const u32 to = x.sum_offset + row * pairs + begin + pair;
-        for (u32 p = 0; p < shape().world_size; p++)
-          if (two_shot() || p == b.params->rank) store_word(words_of(b, p, to), pack_bf16(v.x, v.y), epoch);
-      });
+  const int pairs = shape().hidden_size / 2, mine = owned_pairs(), begin = owner_index(b) * mine;
+  if (begin >= pairs) return;
+  const int total = num_rows(b) * mine;
+  ROLLED for (int first = b.warp * LANES; first < total; first += kConsumerThreads) {  // by whole warps
+    const int item = smaller(first + b.lane, total - 1), row = item / mine, pair = begin + item % mine;
+    const int held = smaller(pair, pairs - 1);  // of the last owner some do not exist: it reads others' for them
+    float2 sum = {0.f, 0.f};
+    gather_batches(
+        b, epoch, num_sources(x),
+        [&](int i) { return own_words(b, part_word(x, i, row, 2 * held) & ~1u); },  // of a pair of narrow words one is this thread's
+        [&](int i) { return (u32)i / x.slices; },
+        [&](int, bool live, u32 low, u32 high) {
+          const u32 both = held % 2 ? high : low;
+          if (live) sum.x += narrow() ? bf16_low(both) : bits_float(low);
+          if (live) sum.y += narrow() ? bf16_high(both) : bits_float(high);
+        });
+    if (first + b.lane >= total || pair >= pairs || b.waiter.failed) continue;
+    float2* r = (float2*)(residual(b) + 2 * item);
+    const float2 v = {r->x + sum.x, r->y + sum.y};
+    *r = v;
+    const u32 to = x.sum_offset + row * pairs + pair;
+    for (u32 p = 0; p < shape().world_size; p++)
+      if (two_shot() || p == b.params->rank) store_word(words_of(b, p, to), pack_bf16(v.x, v.y), epoch);
+  }
 }
 
 // Takes in the exchange of `epoch` for `phase`: adds it to the residual and leaves the residual, rounded to bf16, as the activations of
-// every row, with their sums of squares; times the norm's weights if the phase multiplies. All consumers; false when the block must leave.
+// every row; if the phase multiplies, times the norm's weights, and with its sums of squares. All consumers; false when the block must
+// leave.
 DEV bool receive(Block& b, Exchange x, u32 epoch, Phase phase, bool multiplies) {
   consumer_sync();  // the phase before has read the activations
   mark(b, Mark::kMet);
   const bool weighs = multiplies && open_norm(b);
-  const int rows = num_rows(b);
-  float squares = 0.f;  // of the last row; no other warp is kept waiting for their sum
+  float squares = 0.f;
   if (semaphore()) {
     if (!await_signals(b, x.part_offset, num_sources(x), epoch)) return false;
-    squares = add_plain_values(b, x.part_offset, num_sources(x), phase, weighs);
-  } else if (one_shot(rows)) {
-    squares = receive_whole(b, x, epoch, phase, weighs);
+    squares = add_plain_values(b, x.part_offset, num_sources(x), weighs);
+  } else if (one_shot(num_rows(b))) {
+    squares = receive_whole(b, x, epoch, weighs);
   } else {
     receive_slice(b, x, epoch);
     mark(b, Mark::kSum, take_word_clocks(b));
-    const int quads = shape().hidden_size / 4, per_row = quads_per_thread();
-    gather(
-        b, epoch, rows * per_row,
-        [&](int i) {
-          const int quad = smaller(b.thread + i % per_row * kConsumerThreads, quads - 1);
-          return own_words(b, x.sum_offset + i / per_row * (2 * quads) + 2 * quad);
-        },
-        [&](int) { return b.params->rank; },
-        [&](int i, u32 first, u32 second) {
-          const int row = i / per_row, quad = b.thread + i % per_row * kConsumerThreads;
-          const u64 v = (u64)second << 32 | first;
-          if (i % per_row == 0) {
-            if (row) put_row_sum(b, phase, row - 1, squares);
-            squares = 0.f;
-          }
-          if (quad < quads) {
-            put_quad(b, row, quad, v, weighs);
-            squares += quad_squares(v);
-          }
-        });
+    gather_quads(
+        b, epoch, own_words(b, x.sum_offset), shape().hidden_size / 2, shape().hidden_size / 4,
+        [&](int row, int quad, bool live, u64 v) { squares += put_residual(b, row, quad, v, live, weighs); });
   }
-  if (weighs) close_norm(b);
-  if (!all_well(b)) return false;
-  put_row_sum(b, phase, rows - 1, squares);
-  return true;
+  return end_residual(b, phase, weighs, squares);
 }
 
 // Puts a value of the residual where `receive` will look for it: outputs n .. n + 3 of a row. `embed` starts every step with it.

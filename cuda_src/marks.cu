@@ -25,13 +25,7 @@ DEV void exchange_marks(Block& b, u32 other) {
 
 KERNEL decode(const GRID_CONSTANT imex::LaunchParams launch) {
   using namespace imex;
-  Block b{};
-  b.params = &launch.ranks[grid_block() / shape().num_blocks];
-  b.memory = shared_memory();
-  b.shared = (Shared*)b.memory;
-  b.index = grid_block() % shape().num_blocks;
-  b.thread = warp_index() * LANES + lane_index();
-  b.waiter = {b.params, 0, Phase::kEmbed, false, 0};
+  Block b = this_block(launch);
   if (b.thread == 0) b.shared->fault.set = 0;
   block_sync();
   if (b.index) return;

@@ -2,12 +2,10 @@
 // adders divide the results by rms(x), whose sum of squares has arrived by then. The weights w come through the ring like any other.
 #pragma once
 #include "stream.cuh"
+#include "words.cuh"
 
 namespace imex {
 
-// Which values of a row are a thread's: quads (four neighbours) thread, thread + kConsumerThreads, …, the same for every row whatever
-// the other rows are, so that a row's sum of squares, and with it its bits, does not depend on its company.
-DEV int quads_per_thread() { return divide_up(shape().hidden_size / 4, kConsumerThreads); }
 DEV float quad_squares(u64 quad) {
   const float v0 = bf16_low((u32)quad), v1 = bf16_high((u32)quad), v2 = bf16_low((u32)(quad >> 32)),
               v3 = bf16_high((u32)(quad >> 32));
@@ -28,28 +26,36 @@ DEV bool open_norm(Block& b) {
 DEV void close_norm(Block& b) {
   ROLLED for (int i = 0; i < norm_stages(); i++) release_stage(b);
 }
-// The row's quad times its weights, rounded to bf16.
+// A quad times the norm's weights for it, rounded.
 DEV u64 weigh(const Block& b, int quad, u64 v) {
-  int stage = b.ring.stage + quad / kStageQuads;
-  if (stage >= (int)shape().ring_stages) stage -= shape().ring_stages;
+  int stage = b.ring.stage;
+  if (norm_stages() > 1) {
+    stage += quad / kStageQuads;
+    if (stage >= (int)shape().ring_stages) stage -= shape().ring_stages;
+  }
   const u64 w = ((const u64*)ring_stage(b, stage))[quad % kStageQuads];
-  const u32 low = pack_bf16(bf16_low((u32)v) * bf16_low((u32)w), bf16_high((u32)v) * bf16_high((u32)w));
-  const u32 high = pack_bf16(bf16_low((u32)(v >> 32)) * bf16_low((u32)(w >> 32)), bf16_high((u32)(v >> 32)) * bf16_high((u32)(w >> 32)));
-  return (u64)high << 32 | low;
-}
-// Puts a quad of the rounded residual where the product takes its activations.
-DEV void put_quad(Block& b, int row, int quad, u64 v, bool weighs) {
-  *(u64*)(activations(b) + activation_offset(row, 4 * quad)) = weighs ? weigh(b, quad, v) : v;
+  return (u64)multiply_bf16((u32)(v >> 32), (u32)(w >> 32)) << 32 | multiply_bf16((u32)v, (u32)w);
 }
 
-// Adds to a quad of the replicated residual and puts it, rounded, where the product takes it; returns its squares.
-DEV float add_to_residual(Block& b, int row, int quad, float4 sum, bool weighs) {
+// A kernel of one row, whose norms are on the critical path, weighs a quad while it is in registers. With more rows that would be much code
+// for each quad, all of it fetched in every layer: a second pass, `weigh_rows`, is shorter.
+DEV bool weighs_at_once() { return shape().max_rows == 1; }
+
+// Puts a quad of the rounded residual, if it is `live`, among the activations. Where it is weighed at once, returns its squares.
+DEV float put_residual(Block& b, int row, int quad, u64 v, bool live, bool weighs) {
+  u64 put = v;
+  if (weighs_at_once() && weighs && live) put = weigh(b, quad, v);
+  if (live) put_quad(b, row, quad, put);
+  return weighs_at_once() && live ? quad_squares(v) : 0.f;
+}
+// The same after it was added to the replicated residual.
+DEV float add_to_residual(Block& b, int row, int quad, float4 sum, bool live, bool weighs) {
   float4* r = (float4*)(residual(b) + row * shape().hidden_size) + quad;
-  const float4 old = *r, now = make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
-  *r = now;
-  const u64 v = (u64)pack_bf16(now.z, now.w) << 32 | pack_bf16(now.x, now.y);
-  put_quad(b, row, quad, v, weighs);
-  return quad_squares(v);
+  float4 now = make_float4(0.f, 0.f, 0.f, 0.f);
+  if (live) now = *r;
+  now = make_float4(now.x + sum.x, now.y + sum.y, now.z + sum.z, now.w + sum.w);
+  if (live) *r = now;
+  return put_residual(b, row, quad, (u64)pack_bf16(now.z, now.w) << 32 | pack_bf16(now.x, now.y), live, weighs);
 }
 
 // Sums of squares are kept twice, in turn for the norms of a layer. Those of QKV (or the LM head) are read by this block's adders until
@@ -57,10 +63,36 @@ DEV float add_to_residual(Block& b, int row, int quad, float4 sum, bool weighs) 
 // for attention, and that for all words of QKV (of the LM head: for `sample`, which waits for this block's candidates). In the same way
 // gate_up's are read before down_proj's words exist.
 DEV int norm_turn(Phase phase) { return phase == Phase::kGateUp; }
-// A warp's share of a row's sum of squares; every lane calls it, before it hands over a unit of the phase.
+// A warp's share of a row's sum of squares; every lane calls it, before it hands over a unit of the phase. Which lane adds what is the same
+// for every row (quad_of), so that a row's bits do not depend on its company.
 DEV void put_row_sum(Block& b, Phase phase, int row, float sum) {
   sum = warp_sum(sum);
   if (b.lane == 0) b.shared->norm_sums[norm_turn(phase)][row][b.warp] = sum;
+}
+// Weighs the activations, which are the rounded residual, each thread the quads that it put there itself, and sums up their squares.
+DEV void weigh_rows(Block& b, Phase phase) {
+  const int quads = shape().hidden_size / 4;
+  ROLLED for (int row = 0; row < num_rows(b); row++) {
+    float squares = 0.f;
+    for (int i = 0; i < quads_per_thread(quads); i++) {
+      const int quad = quad_of(b, i);
+      u64* at = (u64*)(activations(b) + activation_offset(row, 4 * quad));
+      u64 v = 0;
+      if (is_quad(quad, quads)) v = *at;
+      squares += quad_squares(v);
+      if (is_quad(quad, quads)) *at = weigh(b, quad, v);
+    }
+    put_row_sum(b, phase, row, squares);
+  }
+}
+// The end of a residual's way into the activations: `squares` are this thread's of a row that was weighed at once. Gives the norm's weights
+// back, and meets; of one row the sum comes after that, since no other warp needs to wait for it. False when the block must leave.
+DEV bool end_residual(Block& b, Phase phase, bool weighs, float squares) {
+  if (weighs && !weighs_at_once()) weigh_rows(b, phase);
+  if (weighs) close_norm(b);
+  if (!all_well(b)) return false;
+  if (weighs && weighs_at_once()) put_row_sum(b, phase, 0, squares);
+  return true;
 }
 // An adder's part: 1 / rms of every row, once a phase, after a unit of it was handed over by all warps.
 DEV void put_row_scales(Block& b, int adder, Phase phase, int rows) {

@@ -43,22 +43,19 @@ DEV bool await_signals(Block& b, u32 part, u32 sources, u32 epoch) {
   return all_well(b);
 }
 
-// Adds every source's values to the replicated residual, as receive_whole does. Returns the last row's sum of squares.
-DEV float add_plain_values(Block& b, u32 part, u32 sources, Phase phase, bool weighs) {
+// Adds every source's values to the replicated residual, as receive_whole does.
+DEV float add_plain_values(Block& b, u32 part, u32 sources, bool weighs) {
   const int quads = shape().hidden_size / 4, rows = num_rows(b);
   float squares = 0.f;
-  for (int row = 0; row < rows; row++) {
-    if (row) put_row_sum(b, phase, row - 1, squares);
-    squares = 0.f;
+  for (int row = 0; row < rows; row++)
     for (int quad = b.thread; quad < quads; quad += kConsumerThreads) {
       float4 sum = {0.f, 0.f, 0.f, 0.f};
       for (u32 s = 0; s < sources; s++) {
         const float4 v = load_global((const float4*)plain_values(b, b.params->rank, part, s, row) + quad);
         sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
       }
-      squares += add_to_residual(b, row, quad, sum, weighs);
+      squares += add_to_residual(b, row, quad, sum, true, weighs);
     }
-  }
   return squares;
 }
 

@@ -5,39 +5,60 @@
 
 namespace imex {
 
-// Hands `count` pairs of words to use(i, first, second), i ascending; address(i) is the pair's, source(i) the rank that owes it.
-// A thread has up to kBatch pairs in flight. Every thread of a warp must ask for the same count.
+// Waits for `count` pairs of words; address(i) is a pair's, source(i) the rank that owes it. A thread has up to kBatch pairs in flight, and
+// use(i, live, first, second) is called for whole batches, i ascending: beyond `count` the words are 0 and `live` is false. What that guards
+// should be so little that it takes a predicate and no branch, which costs as much as ten other instructions. Every thread of a warp must
+// ask for the same count.
 template <int kBatch = 8, class Address, class Source, class Use>
-DEV void gather(Block& b, u32 epoch, int count, Address address, Source source, Use use) {
-  ROLLED for (int base = 0; base < count; base += kBatch) {
+DEV void gather_batches(Block& b, u32 epoch, int count, Address address, Source source, Use use) {
+  ROLLED for (int batch = 0; batch * kBatch < count; batch++) {
+    const int base = batch * kBatch, left = count - base;
     u32 words[kBatch][2];
-    const int left = count - base;
     wait_words<kBatch>(
         b.waiter, Wait::kWords, false, epoch, left < kBatch ? left : kBatch, [&](int i) { return address(base + i); },
         [&](int i) { return source(base + i); }, words);
-  UNROLL for (int i = 0; i < kBatch; i++)
-      if (i < left) use(base + i, words[i][0], words[i][1]);
+    UNROLL for (int i = 0; i < kBatch; i++) use(base + i, i < left, words[i][0], words[i][1]);
   }
+}
+// The same, use(i, first, second) only for the `count` pairs there are.
+template <int kBatch = 8, class Address, class Source, class Use>
+DEV void gather(Block& b, u32 epoch, int count, Address address, Source source, Use use) {
+  gather_batches<kBatch>(b, epoch, count, address, source, [&](int i, bool live, u32 first, u32 second) {
+    if (live) use(i, first, second);
+  });
+}
+
+// Which quads (four neighbours) of a row are a thread's: quads thread, thread + kConsumerThreads, …, the same for every row whatever the
+// other rows are. The last may not exist.
+DEV int quads_per_thread(int quads) { return divide_up(quads, kConsumerThreads); }
+DEV int quad_of(const Block& b, int i) { return b.thread + i * kConsumerThreads; }
+DEV bool is_quad(int quad, int quads) { return quads % kConsumerThreads == 0 || quad < quads; }
+DEV int held_quad(int quad, int quads) { return is_quad(quad, quads) ? quad : quads - 1; }  // threads without one read another's
+
+DEV void put_quad(Block& b, int row, int quad, u64 v) { *(u64*)(activations(b) + activation_offset(row, 4 * quad)) = v; }
+
+// Hands this thread's quads of every row, bf16 in words `row_stride` a row, to put(row, quad, live, value).
+template <class Put>
+DEV void gather_quads(Block& b, u32 epoch, const u64* words, int row_stride, int quads, Put put) {
+  const int per_row = quads_per_thread(quads);
+  gather_batches(
+      b, epoch, num_rows(b) * per_row,
+      [&](int i) { return words + i / per_row * row_stride + 2 * held_quad(quad_of(b, i % per_row), quads); },
+      [&](int) { return b.params->rank; },
+      [&](int i, bool live, u32 first, u32 second) {
+        const int quad = quad_of(b, i % per_row);
+        put(i / per_row, quad, live && is_quad(quad, quads), (u64)second << 32 | first);
+      });
 }
 
 // All consumers together copy `count` words of bf16 pairs of each row, from `row_stride` words a row, into the activations,
 // and meet at a barrier. False when the block must leave.
 DEV bool gather_activations(Block& b, u32 epoch, const u64* words, int row_stride, int count) {
-  const int pairs = count / 2, rows = num_rows(b);
-  const int total = rows * pairs, mine = divide_up(total, kConsumerThreads);
   consumer_sync();  // the phase before has read what stood there
   mark(b, Mark::kMet);
-  gather(
-      b, epoch, mine,
-      [&](int i) {
-        const int at = smaller(b.thread + i * kConsumerThreads, total - 1);  // the last threads read a pair twice
-        return words + (at / pairs) * row_stride + at % pairs * 2;
-      },
-      [&](int) { return b.params->rank; },
-      [&](int i, u32 first, u32 second) {
-        const int at = b.thread + i * kConsumerThreads;
-        if (at < total) *(u64*)(activations(b) + activation_offset(at / pairs, at % pairs * 4)) = (u64)second << 32 | first;
-      });
+  gather_quads(b, epoch, words, row_stride, count / 2, [&](int row, int quad, bool live, u64 v) {
+    if (live) put_quad(b, row, quad, v);
+  });
   return all_well(b);
 }
 

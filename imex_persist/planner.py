@@ -16,6 +16,8 @@ MAX_USEFUL_STAGES = 12  # more buffered tiles did not help (docs/performance.md)
 MIN_STAGES = 4
 ONE_SHOT_WORDS = 8192  # words a block can read in one shot before a slice owner is faster (docs/performance.md)
 LONG_UNIT_TILES = 7  # a unit of down_proj that is longer should be cut (docs/performance.md)
+FEW_ROWS = 4  # up to here the product takes tiles in groups of two and holds activations in registers (kFewRows in cuda_src)
+LATENCY_US = 1.1  # of a bulk copy from memory that others are using too
 PARTIAL_GROUP = 128  # partial sums that lie together, halves of quads apart (part_index in cuda_src/exchange.cuh)
 MAX_OWN_TOKENS = 1 << 17  # tokens of a block are counted in 17 bits (kCountBits in cuda_src/search.cuh)
 H100_SMS = 132
@@ -24,11 +26,18 @@ H100_SHARED_BYTES = 232_448
 
 @dataclass(frozen=True)
 class Machine:
-    """One GPU, or the simulator's idea of one: blocks of a rank and the shared memory a block may take, in bytes."""
+    """One GPU, or the simulator's idea of one: blocks of a rank, the shared memory a block may take, in bytes, and the tiles that a block
+    has on their way from memory at once."""
 
     num_blocks: int = H100_SMS
     shared_memory_bytes: int = H100_SHARED_BYTES
     max_stages: int = MAX_USEFUL_STAGES
+    window: int = 3
+
+
+def window_of(memory_tb_s: float, num_blocks: int) -> int:
+    """Tiles in flight a block that keep a memory of so many TB/s (its data sheet's) busy; more only queue in front of everybody's words."""
+    return max(2, -(-round(memory_tb_s * 1e6 * LATENCY_US / num_blocks) // abi.STAGE_BYTES))
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -87,7 +96,7 @@ def make_shape(
     s["vocab_rows"] = round_up(-(-config.vocab_size // world_size), abi.UNIT_ROWS)
     s["vocab_size"] = config.vocab_size
     s["rms_eps"], s["attn_scale"] = config.rms_norm_eps, config.head_dim**-0.5
-    s["world_size"], s["num_blocks"], s["window"] = world_size, num_blocks, 3
+    s["world_size"], s["num_blocks"] = world_size, num_blocks
     s["max_rows"], s["num_slots"] = max_rows, num_slots
     epochs_per_step = max(config.num_hidden_layers + 2, abi.SEARCH_ROUNDS)
     s["renew_steps"] = 1 << 32 - epochs_per_step.bit_length()  # most that leave every epoch below 2^32
@@ -127,16 +136,22 @@ def make_shape(
             f"a vocabulary of {config.vocab_size} on {world_size} rank(s) of {num_blocks} blocks is not supported: a block looks after "
             f"{own_tokens(best)} tokens and at most {MAX_OWN_TOKENS - 1} are allowed; use more ranks"
         )
+    best["window"] = min(machine.window, int(best["ring_stages"]) - 1)
+    assert best["window"] >= 2, "a group of two tiles waits for both"
     assert world_size * num_blocks <= abi.DRAW_ROW_BYTES - 256, "merge_parts in cuda_src/logprobs.cuh keeps a byte for each"
     _place_symmetric_memory(best)
     return best
 
 
 def _finer_slices_help(s) -> bool:
-    """Whether twice the slices would shorten long units of down_proj, so that blocks end together, at no second hop of the exchange."""
-    slices = int(s["down_slices"])
-    tiles, words = int(s["intermediate_size"]) / slices / abi.TILE_K, int(s["hidden_size"]) * int(s["world_size"]) * slices
-    return tiles > LONG_UNIT_TILES and (2 * words <= ONE_SHOT_WORDS or words > ONE_SHOT_WORDS)
+    """Whether twice the slices of down_proj are better: with many rows a block then gathers half of the activations, the most that a step
+    gathers; with few, blocks end together where units are long. Not if a step of one row then took a second hop of the exchange; among
+    many rows of one rank that hop costs less than what is saved."""
+    slices, world, many = int(s["down_slices"]), int(s["world_size"]), s["max_rows"] > FEW_ROWS
+    tiles, words = int(s["intermediate_size"]) / slices / abi.TILE_K, int(s["hidden_size"]) * world * slices
+    if tiles < 2 if many else tiles <= LONG_UNIT_TILES:
+        return False
+    return 2 * words <= ONE_SHOT_WORDS or words > ONE_SHOT_WORDS or (many and world == 1)
 
 
 def exchange_shape(

@@ -8,20 +8,6 @@ namespace imex {
 
 DEV const ProbeJob& job_of(const Block& b) { return *(const ProbeJob*)b.params->tap; }
 
-DEV Block this_block(const LaunchParams& launch) {
-  Block b;
-  b.params = &launch.ranks[grid_block() / shape().num_blocks];
-  b.memory = shared_memory();
-  b.shared = (Shared*)b.memory;
-  b.index = grid_block() % shape().num_blocks;
-  b.warp = warp_index();
-  b.lane = lane_index();
-  b.thread = b.warp * LANES + b.lane;
-  b.step = b.num_units = b.num_lm_heads = b.num_events = b.tile_clocks = 0;
-  b.waiter = {b.params, 0, Phase::kEmbed, false, 0};
-  return b;
-}
-
 // When the block's first consumer began (0) and ended (1) what is timed.
 DEV void note_time(const Block& b, int which) {
   if (b.thread == 0) ((u64*)job_of(b).times)[2 * b.index + which] = timer_ns();

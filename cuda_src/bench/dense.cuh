@@ -67,7 +67,7 @@ DEV void add_dense_units(Block& b, Exchange x, u32 epoch, int first, int count, 
 
 DEV void put_dense_unit(Block& b, int row, int unit, const float (&v)[kUnitRows]) {
   for (int q = 0; q < 2; q++)
-    put_quad(b, row, 2 * unit + q, (u64)pack_bf16(v[4 * q + 2], v[4 * q + 3]) << 32 | pack_bf16(v[4 * q], v[4 * q + 1]), false);
+    put_quad(b, row, 2 * unit + q, (u64)pack_bf16(v[4 * q + 2], v[4 * q + 3]) << 32 | pack_bf16(v[4 * q], v[4 * q + 1]));
 }
 
 // As `receive`: all consumers; false when the block must leave.

@@ -36,6 +36,11 @@ DEV float bits_float(u32 v) { return __uint_as_float(v); }
 DEV u32 float_bits(float v) { return __float_as_uint(v); }
 DEV float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
 DEV float bf16_high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+DEV u32 multiply_bf16(u32 pairs, u32 by) {  // both products, rounded to nearest even
+  u32 product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(pairs), "r"(by));
+  return product;
+}
 DEV u32 pack_bf16(float low, float high) {  // round to nearest even
   u32 r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));

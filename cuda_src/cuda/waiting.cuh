@@ -27,13 +27,13 @@ constexpr u32 kPollsPerCheck = 256;  // the abort word and the clock are looked 
 template <int N, class Address, class Source>
 DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source, u32 (&out)[N][2]) {
   u64 word[N][2] = {};
-  u32 missing_pairs = (1u << count) - 1;  // only these are loaded again: polling shares the way to L2 with the stream
-  auto ready = [&] {
+  auto ready = [&] {  // all again each time: to remember which are there costs more than their loads (docs/performance.md)
   UNROLL for (int i = 0; i < N; i++)
-      if (missing_pairs >> i & 1) load_words(address(i), word[i][0], word[i][1]);
-    UNROLL for (int i = 0; i < N; i++)
-      if ((u32)(word[i][0] >> 32) == epoch && (u32)(word[i][1] >> 32) == epoch) missing_pairs &= ~(1u << i);
-    return missing_pairs == 0;
+      if (i < count) load_words(address(i), word[i][0], word[i][1]);
+    u32 differs[2] = {0, 0};
+    UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < 2; j++)
+      if (i < count) differs[j] |= (u32)(word[i][j] >> 32) ^ epoch;
+    return (differs[0] | differs[1]) == 0;
   };
   u64 began_ns = 0;
   u32 polls = 0, began = 0;
@@ -41,14 +41,16 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
     if (shape().trace && polls == 0) began = clock_low();  // a wait is timed only if its first poll fails
     if (++polls % kPollsPerCheck) continue;
     if (!began_ns) began_ns = timer_ns();
-    const int first = __ffs(missing_pairs) - 1;  // for the record: whose word it is, and what is there instead
-    u64 there[2];
-    load_words(address(first), there[0], there[1]);
-    const u32 tag = (u32)(there[0] >> 32);
-    w.failed = give_up(w.params, w.phase, w.layer, kind, idle, source(first), epoch, tag == epoch ? (u32)(there[1] >> 32) : tag, began_ns);
+    u32 owes = source(0), seen = epoch;  // for the record: whose word is missing, and what is there instead
+    ROLLED for (int i = 0; i < count && seen == epoch; i++) {  // short: this stands inline in each wait, and code must be fetched
+      u64 there[2];
+      load_words(address(i), there[0], there[1]);
+      owes = source(i), seen = (u32)(there[0] >> 32) == epoch ? (u32)(there[1] >> 32) : (u32)(there[0] >> 32);
+    }
+    w.failed = give_up(w.params, w.phase, w.layer, kind, idle, owes, epoch, seen, began_ns);
   }
   if (shape().trace && polls) w.word_clocks += clock_low() - began;
-  UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < 2; j++) out[i][j] = i < count ? (u32)word[i][j] : 0;
+  UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < 2; j++) out[i][j] = (u32)word[i][j];
 }
 // The same for dense words: waits until those at address(0) .. address(count - 1) carry `epoch`.
 template <int N, class Address, class Source>

@@ -9,26 +9,23 @@ DEV bool embed(Block& b) {
   b.waiter.phase = Phase::kEmbed;
   const int hidden = shape().hidden_size, rows = num_rows(b);
   const bool weighs = runs(Phase::kQkv) && first_layer() == 0 && open_norm(b);
+  float squares = 0.f;
   for (int row = 0; row < rows; row++) {
     const u32 token = b.shared->rows[row].token;
     // The table is in tile order like the LM head, which it is where embeddings are tied: 64-byte runs of 32 values.
     const char* from =
         (const char*)b.params->embed + ((u64)(token / kUnitRows) * (hidden / 32) * kUnitRows + token % kUnitRows) * 64;
-    float squares = 0.f;
     for (int n = 4 * b.thread; n < hidden; n += 4 * kConsumerThreads) {
       // A phase alone starts from a residual of zero.
       const u64 v = runs(Phase::kEmbed) ? load_const((const u64*)(from + n / 32 * (kUnitRows * 64) + n % 32 * 2)) : 0;
       const float values[4] = {bf16_low((u32)v), bf16_high((u32)v), bf16_low((u32)(v >> 32)), bf16_high((u32)(v >> 32))};
       set_residual(b, row, n, values);
-      put_quad(b, row, n / 4, v, weighs);
-      squares += quad_squares(v);
+      squares += put_residual(b, row, n / 4, v, true, weighs);
       for (int i = 0; i < 4; i++) tap(b, Phase::kEmbed, row, n + i, values[i]);
     }
-    put_row_sum(b, Phase::kQkv, row, squares);
   }
-  if (weighs) close_norm(b);
   mark(b, Mark::kEnd, rows);
-  return all_well(b);
+  return end_residual(b, Phase::kQkv, weighs, squares);
 }
 
 }  // namespace imex

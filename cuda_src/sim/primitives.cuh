@@ -57,6 +57,7 @@ DEV u32 round_bf16(float v) {  // to nearest even; NaN stays one
   return (u + 0x7fffu + (u >> 16 & 1)) >> 16;
 }
 DEV u32 pack_bf16(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
+DEV u32 multiply_bf16(u32 pairs, u32 by) { return pack_bf16(bf16_low(pairs) * bf16_low(by), bf16_high(pairs) * bf16_high(by)); }
 DEV float fast_exp(float x) {  // 2^n * e^f with a polynomial: the same bits with every C library, and a loop over it vectorises
   const float t = x < -87.f ? -87.f : x > 88.7f ? 88.7f : x;
   const float shifted = t * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum's low bits are n, rounded

@@ -39,6 +39,7 @@ class FakeCuda:
         major, minor = self.capability
         values = {"ComputeCapabilityMajor": major, "ComputeCapabilityMinor": minor}
         values |= {"MultiProcessorCount": 132, "MaxSharedMemoryPerBlockOptin": 232448}
+        values |= {"MemoryClockRate": 2_619_000, "GlobalMemoryBusWidth": 5120}  # kHz, bits: an H100's
         return Status.cudaSuccess, values[attribute]
 
     def cudaGetDeviceProperties(self, ordinal):
