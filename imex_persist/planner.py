@@ -144,14 +144,14 @@ def make_shape(
 
 
 def _finer_slices_help(s) -> bool:
-    """Whether twice the slices of down_proj are better: with many rows a block then gathers half of the activations, the most that a step
-    gathers; with few, blocks end together where units are long. Not if a step of one row then took a second hop of the exchange; among
-    many rows of one rank that hop costs less than what is saved."""
-    slices, world, many = int(s["down_slices"]), int(s["world_size"]), s["max_rows"] > FEW_ROWS
+    """Whether twice the slices of down_proj are better. With many rows a block then gathers half of the activations, the most that a step
+    gathers; on one GPU that is worth the second hop of the exchange that a step of one row takes then. Else blocks should end together,
+    which they do not where units are long, if it costs no second hop."""
+    slices, world = int(s["down_slices"]), int(s["world_size"])
     tiles, words = int(s["intermediate_size"]) / slices / abi.TILE_K, int(s["hidden_size"]) * world * slices
-    if tiles < 2 if many else tiles <= LONG_UNIT_TILES:
-        return False
-    return 2 * words <= ONE_SHOT_WORDS or words > ONE_SHOT_WORDS or (many and world == 1)
+    if s["max_rows"] > FEW_ROWS and world == 1:
+        return tiles >= 2
+    return tiles > LONG_UNIT_TILES and (2 * words <= ONE_SHOT_WORDS or words > ONE_SHOT_WORDS)
 
 
 def exchange_shape(
