@@ -41,7 +41,7 @@ DEV u64 weigh(const Block& b, int quad, u64 v) {
 // for each quad, all of it fetched in every layer: a second pass, `weigh_rows`, is shorter.
 DEV bool weighs_at_once() { return shape().max_rows == 1; }
 
-// Puts a quad of the rounded residual, if it is `live`, among the activations. Where it is weighed at once, returns its squares.
+// Puts a quad of the rounded residual, if it is `live`, among the activations. In a kernel that weighs at once, returns its squares.
 DEV float put_residual(Block& b, int row, int quad, u64 v, bool live, bool weighs) {
   u64 put = v;
   if (weighs_at_once() && weighs && live) put = weigh(b, quad, v);

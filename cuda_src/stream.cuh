@@ -119,7 +119,8 @@ template <class... Also>
 DEV bool wait_stages(Block& b, int count, Also... also) {
   const RingCursor second = ahead(b.ring, 1);
   const Pending full = {&b.shared->full[b.ring.stage], b.ring.parity}, full2 = {&b.shared->full[second.stage], second.parity};
-  const bool late = shape().trace && !mbar_test_now(count > 1 ? full2 : full);  // a wait is timed only if its first poll fails
+  // A wait is timed only if its first poll fails, and by the warp that reports it alone: the poll costs as much as the wait's own.
+  const bool late = traced(b.step) && b.warp == 0 && !mbar_test_now(count > 1 ? full2 : full);
   const u32 began = late ? clock_low() : 0;
   const bool here = count > 1 ? mbar_wait_warp(b.waiter, Wait::kTile, false, full, full2, also...) : mbar_wait_warp(b.waiter, Wait::kTile, false, full, also...);
   if (late) b.tile_clocks += clock_low() - began;

@@ -6,6 +6,7 @@ rows mean fewer tiles; down_proj, the widest, may be split along K into slices, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ ONE_SHOT_WORDS = 8192  # words a block can read in one shot before a slice owner
 LONG_UNIT_TILES = 7  # a unit of down_proj that is longer should be cut (docs/performance.md)
 FEW_ROWS = 4  # up to here the product takes tiles in groups of two and holds activations in registers (kFewRows in cuda_src)
 LATENCY_US = 1.1  # of a bulk copy from memory that others are using too
+USUAL_WINDOW = 3  # tiles in flight where the memory is not known
 PARTIAL_GROUP = 128  # partial sums that lie together, halves of quads apart (part_index in cuda_src/exchange.cuh)
 MAX_OWN_TOKENS = 1 << 17  # tokens of a block are counted in 17 bits (kCountBits in cuda_src/search.cuh)
 H100_SMS = 132
@@ -26,18 +28,13 @@ H100_SHARED_BYTES = 232_448
 
 @dataclass(frozen=True)
 class Machine:
-    """One GPU, or the simulator's idea of one: blocks of a rank, the shared memory a block may take, in bytes, and the tiles that a block
-    has on their way from memory at once."""
+    """One GPU, or the simulator's idea of one: blocks of a rank, the shared memory a block may take, in bytes, and the rank's share of the
+    memory's bandwidth by its data sheet, in TB/s (0: not known)."""
 
     num_blocks: int = H100_SMS
     shared_memory_bytes: int = H100_SHARED_BYTES
     max_stages: int = MAX_USEFUL_STAGES
-    window: int = 3
-
-
-def window_of(memory_tb_s: float, num_blocks: int) -> int:
-    """Tiles in flight a block that keep a memory of so many TB/s (its data sheet's) busy; more only queue in front of everybody's words."""
-    return max(2, -(-round(memory_tb_s * 1e6 * LATENCY_US / num_blocks) // abi.STAGE_BYTES))
+    memory_tb_s: float = 0.0
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -136,22 +133,31 @@ def make_shape(
             f"a vocabulary of {config.vocab_size} on {world_size} rank(s) of {num_blocks} blocks is not supported: a block looks after "
             f"{own_tokens(best)} tokens and at most {MAX_OWN_TOKENS - 1} are allowed; use more ranks"
         )
-    best["window"] = min(machine.window, int(best["ring_stages"]) - 1)
-    assert best["window"] >= 2, "a group of two tiles waits for both"
+    best["window"] = _window(best, machine)
     assert world_size * num_blocks <= abi.DRAW_ROW_BYTES - 256, "merge_parts in cuda_src/logprobs.cuh keeps a byte for each"
     _place_symmetric_memory(best)
     return best
 
 
+def _window(s, machine: Machine) -> int:
+    """Tiles in flight a block that keep the memory busy, within a tenth; more would only queue in front of everybody's words. Two at
+    least: a group of two tiles waits for both."""
+    tile = min(abi.STAGE_BYTES, 2 * abi.UNIT_ROWS * int(s["hidden_size"]))
+    needed = machine.memory_tb_s * 1e6 * LATENCY_US / int(s["num_blocks"]) / tile if machine.memory_tb_s else USUAL_WINDOW
+    return min(max(2, math.ceil(needed - 0.1)), int(s["ring_stages"]) - 1)
+
+
 def _finer_slices_help(s) -> bool:
-    """Whether twice the slices of down_proj are better. With many rows a block then gathers half of the activations, the most that a step
-    gathers; on one GPU that is worth the second hop of the exchange that a step of one row takes then. Else blocks should end together,
-    which they do not where units are long, if it costs no second hop."""
-    slices, world = int(s["down_slices"]), int(s["world_size"])
+    """Whether twice the slices of down_proj are better. Blocks should end together, which they do not where units are long; and with many
+    rows on one rank, with blocks enough to be dealt evenly, each gathers half of the activations then. Not if it costs a step of one row
+    the single hop of its exchange, and not where every block adds all sources in every step."""
+    slices, world, rows = int(s["down_slices"]), int(s["world_size"]), int(s["max_rows"])
     tiles, words = int(s["intermediate_size"]) / slices / abi.TILE_K, int(s["hidden_size"]) * world * slices
-    if s["max_rows"] > FEW_ROWS and world == 1:
-        return tiles >= 2
-    return tiles > LONG_UNIT_TILES and (2 * words <= ONE_SHOT_WORDS or words > ONE_SHOT_WORDS)
+    if words <= ONE_SHOT_WORDS < 2 * words:
+        return False
+    whole = s["strategy"] == abi.Strategy.SEMAPHORE or s["one_shot_rows"] == rows
+    gathers_less = rows > FEW_ROWS and world == 1 and not whole and s["num_blocks"] >= 16 * slices and tiles >= 2
+    return tiles > LONG_UNIT_TILES or gathers_less
 
 
 def exchange_shape(

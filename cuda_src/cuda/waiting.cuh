@@ -47,6 +47,7 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
       load_words(address(i), there[0], there[1]);
       owes = source(i), seen = (u32)(there[0] >> 32) == epoch ? (u32)(there[1] >> 32) : (u32)(there[0] >> 32);
     }
+    if (seen == epoch) continue;  // they have come by now
     w.failed = give_up(w.params, w.phase, w.layer, kind, idle, owes, epoch, seen, began_ns);
   }
   if (shape().trace && polls) w.word_clocks += clock_low() - began;
@@ -56,20 +57,26 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
 template <int N, class Address, class Source>
 DEV void wait_dense(Waiter& w, Wait kind, u32 epoch, int count, Address address, Source source, u32 (&out)[N][3]) {
   u64 word[N][2] = {};
-  u32 missing = (1u << count) - 1;
   auto ready = [&] {
-    UNROLL for (int i = 0; i < N; i++) if (missing >> i & 1) load_dense(address(i), word[i][0], word[i][1]);
-    UNROLL for (int i = 0; i < N; i++) if ((u32)(word[i][1] >> 32) == epoch) missing &= ~(1u << i);
-    return missing == 0;
+    UNROLL for (int i = 0; i < N; i++)
+      if (i < count) load_dense(address(i), word[i][0], word[i][1]);
+    u32 differs = 0;
+    UNROLL for (int i = 0; i < N; i++)
+      if (i < count) differs |= (u32)(word[i][1] >> 32) ^ epoch;
+    return differs == 0;
   };
   u64 began_ns = 0;
   for (u32 polls = 0; !ready() && !w.failed;) {
     if (++polls % kPollsPerCheck) continue;
     if (!began_ns) began_ns = timer_ns();
-    const int first = __ffs(missing) - 1;
-    u64 there[2];
-    load_dense(address(first), there[0], there[1]);
-    w.failed = give_up(w.params, w.phase, w.layer, kind, false, source(first), epoch, (u32)(there[1] >> 32), began_ns);
+    u32 owes = source(0), seen = epoch;
+    ROLLED for (int i = 0; i < count && seen == epoch; i++) {
+      u64 there[2];
+      load_dense(address(i), there[0], there[1]);
+      owes = source(i), seen = (u32)(there[1] >> 32);
+    }
+    if (seen == epoch) continue;
+    w.failed = give_up(w.params, w.phase, w.layer, kind, false, owes, epoch, seen, began_ns);
   }
   UNROLL for (int i = 0; i < N; i++) out[i][0] = (u32)word[i][0], out[i][1] = (u32)(word[i][0] >> 32), out[i][2] = (u32)word[i][1];
 }

@@ -24,8 +24,9 @@ DEV bool embed(Block& b) {
       for (int i = 0; i < 4; i++) tap(b, Phase::kEmbed, row, n + i, values[i]);
     }
   }
+  const bool well = end_residual(b, Phase::kQkv, weighs, squares);
   mark(b, Mark::kEnd, rows);
-  return end_residual(b, Phase::kQkv, weighs, squares);
+  return well;
 }
 
 }  // namespace imex

@@ -24,7 +24,7 @@ from imex_persist.device import nvrtc
 from imex_persist.device.base import Buffer
 from imex_persist.device.cuda_peers import PeerHandle, why_not_opened
 from imex_persist.errors import DeviceError
-from imex_persist.planner import Machine, window_of
+from imex_persist.planner import Machine
 
 MIN_CAPABILITY = (9, 0)
 ENTRY = "decode"
@@ -106,10 +106,10 @@ class CudaDevice:
                 "use another GPU, or device='sim'"
             )
         self.arch = f"sm_{''.join(map(str, self.compute_capability))}a"
-        blocks = self._attribute("MultiProcessorCount")
         # kHz, bits, two transfers a clock
         memory_tb_s = self._attribute("MemoryClockRate") * 1e3 * self._attribute("GlobalMemoryBusWidth") / 8 * 2 / 1e12
-        self.machine = Machine(blocks, self._attribute("MaxSharedMemoryPerBlockOptin"), window=window_of(memory_tb_s, blocks))
+        blocks, shared = self._attribute("MultiProcessorCount"), self._attribute("MaxSharedMemoryPerBlockOptin")
+        self.machine = Machine(blocks, shared, memory_tb_s=memory_tb_s)
         self._stream = int(self._rt("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking))
 
     # -------------------------------------------------------------------------------------------- who am I

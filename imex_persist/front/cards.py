@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from imex_persist.planner import Machine, window_of
+from imex_persist.planner import Machine
 from imex_persist.runtime.discover import Gpu
 
 CONTEXT_BYTES = 1 << 30  # of a rank's GPU: CUDA's context and the kernel's module, generously
@@ -33,16 +33,12 @@ class Card:
         return "measured" if self.ceiling_tb_s else "datasheet"
 
 
-def _machine(num_blocks: int, tb_s: float) -> Machine:
-    return Machine(num_blocks, 232_448, window=window_of(tb_s, num_blocks))
-
-
 CARDS = {
     card.key: card
     for card in (
-        Card("h100", "NVIDIA H100 80GB HBM3", (9, 0), _machine(132, 3.35), 81_559 << 20, 3.35, 3.13, 450.0),
-        Card("h200", "NVIDIA H200", (9, 0), _machine(132, 4.8), 143_771 << 20, 4.8, 4.56, 450.0),
-        Card("b200", "NVIDIA B200", (10, 0), _machine(148, 8.0), 183_359 << 20, 8.0, None, 900.0),
+        Card("h100", "NVIDIA H100 80GB HBM3", (9, 0), Machine(132, 232_448, memory_tb_s=3.35), 81_559 << 20, 3.35, 3.13, 450.0),
+        Card("h200", "NVIDIA H200", (9, 0), Machine(132, 232_448, memory_tb_s=4.8), 143_771 << 20, 4.8, 4.56, 450.0),
+        Card("b200", "NVIDIA B200", (10, 0), Machine(148, 232_448, memory_tb_s=8.0), 183_359 << 20, 8.0, None, 900.0),
     )
 }
 

@@ -15,9 +15,9 @@ RESERVE_BYTES = 1 << 30  # of a GPU's free memory, left for the kernel's module 
 
 
 def shared_machine(machines: list[planner.Machine], ranks_each: int) -> planner.Machine:
-    """What every rank can count on: the smallest of the machines, its blocks divided among its ranks."""
+    """What every rank can count on: the smallest of the machines, its blocks and its memory's bandwidth divided among its ranks."""
     least = planner.Machine(**{name: min(asdict(m)[name] for m in machines) for name in asdict(machines[0])})
-    return replace(least, num_blocks=least.num_blocks // ranks_each)
+    return replace(least, num_blocks=least.num_blocks // ranks_each, memory_tb_s=least.memory_tb_s / ranks_each)
 
 
 def choose_shape(

@@ -5,6 +5,7 @@ Device-agnostic: the same code drives the simulator (tests/kernel) and a GPU (te
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 
@@ -21,10 +22,10 @@ PATIENCE = float(os.environ.get("TEST_PATIENCE", "1"))  # how much slower than i
 
 
 def host_block(nbytes: int) -> np.ndarray:
-    """Zeroed, page-aligned host memory."""
-    raw = np.zeros(nbytes + 4096, np.uint8)
-    start = -raw.ctypes.data % 4096
-    return raw[start : start + nbytes]
+    """Zeroed host memory in pages of its own: an array that shared one with it could not be copied to a GPU, which has registered a part
+    of it only.
+    """
+    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
 
 
 def pack_words(payload: np.ndarray, epoch: int) -> np.ndarray:
