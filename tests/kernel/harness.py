@@ -25,7 +25,7 @@ def host_block(nbytes: int) -> np.ndarray:
     """Zeroed host memory in pages of its own: an array that shared one with it could not be copied to a GPU, which has registered a part
     of it only.
     """
-    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8)[:nbytes]
 
 
 def pack_words(payload: np.ndarray, epoch: int) -> np.ndarray:
