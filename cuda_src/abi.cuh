@@ -123,6 +123,7 @@ enum class Mark : unsigned int {
   kSum = 5,
   kSent = 6,
   kMet = 7,
+  kPair = 8,
 };
 
 // What a launch of cuda_src/bench measures: floor.cu, or exchange.cu the last three.

@@ -52,6 +52,7 @@ DEV bool decode_step(Block& b) {
     const Phase phase = b.waiter.phase;
     if (runs(phase)) {
       const bool multiplies = phase != Phase::kLmHead || b.shared->num_sampling;
+      if (phase == Phase::kQkv || phase == Phase::kLmHead) mark_clock(b, Mark::kPair);
       mark(b, Mark::kBegin);
       if (!prepare(b, multiplies)) return false;
       mark(b, Mark::kReady, multiplies);

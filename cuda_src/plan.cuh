@@ -52,7 +52,7 @@ DEV bool begin_step(Block& b) {
   consumer_sync();
   if (b.thread == 0) mbar_arrive(&s.step_begin);
   if (!align_clocks(b)) return false;
-  mark_clock(b);
+  mark_clock(b, Mark::kClock);
   take_word_clocks(b);  // waiting for a plan is no part of the step
   return true;
 }

@@ -30,11 +30,11 @@ DEV void mark(Block& b, Mark what, u32 value = 0) {
   if (what == Mark::kReady) planted_delay(b);
 }
 // Pairs the SM's clock with the GPU's timer, whose higher bits take the place of phase and layer.
-DEV void mark_clock(Block& b) {
+DEV void mark_clock(Block& b, Mark what) {
   if (!shape().trace || b.thread) return;
   if (!traced(b.step)) return;
   const u64 now = timer_ns();
-  put_event(b, 0, clock_low(), (u32)Mark::kClock | (u32)(now >> 32) << 8, (u32)now, b.step);
+  put_event(b, 0, clock_low(), (u32)what | (u32)(now >> 32) << 8, (u32)now, b.step);
 }
 // When an adder sent off its last unit of a phase: known, so written, when the next phase's first comes.
 struct Sent {
@@ -53,10 +53,12 @@ DEV void mark_sent(Block& b, int adder, Sent& words, const UnitNote& note, bool 
 }
 
 // ---------------------------------------------------------------------------------------------- one axis for all clocks
-// Every SM has a clock of its own. So before some steps each rank's block 0 asks every other block of its rank, and rank 0's the block
-// 0 of every other rank, for its clock: a word there and a word back, kAlignRounds times. The answer's clock was read between question
-// and reply, so it is one of the asker's clocks in between: the middle of the shortest round trip is off by half of it at most, whatever
-// each way costs. observe/clocks.py makes the axis of it. All partners are asked at once, a thread each; the other consumers wait.
+// Every SM has a clock of its own, which is read in few cycles but does not keep its rate; every GPU has a timer. `mark_clock` pairs them,
+// once a layer. What timers of different GPUs are to each other, words tell: before some steps rank 0's block 0 asks the block 0 of every
+// other rank for its clock, a word there and a word back, kAlignRounds times. The answer's clock was read between question and reply, so
+// the middle of the shortest round trip is off by half of it at most, whatever each way costs. Each rank's block 0 asks the other blocks
+// of its rank too: that shows how well the timer places them. observe/clocks.py makes the axis of it. All partners are asked at once, a
+// thread each; the other consumers wait.
 // Words: each partner's question in its own memory, its answer in the asker's, epochs by round. One buffer each is enough: a question
 // is asked when the one before has been answered, and an answer given when the question, which follows the answer before, is there.
 DEV int num_partners() { return shape().num_blocks + shape().world_size; }  // blocks of the own rank, then ranks

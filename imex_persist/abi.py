@@ -139,6 +139,7 @@ class Mark(enum.IntEnum):
     SUM = 5  # a slice owner's first thread has published its sums; `value`: waited for the ranks' words
     SENT = 6  # the adder's last words of the phase have left; `value`: clocks since its first had
     MET = 7  # the block's warps have met: the slowest is done with the phase before, and its activations may be overwritten
+    PAIR = 8  # a layer, or the LM head, begins: as CLOCK, since an SM's clock does not keep its rate for a step
 
 
 class Probe(enum.IntEnum):

@@ -78,4 +78,4 @@ def axis_of(placement) -> str:
         if len(placement.places) == 1:
             return "virtual time of the simulator, not a GPU's"
         return "wall time of simulated ranks in processes, not a GPU's"
-    return "the SMs' clocks, aligned by words between them"
+    return "the GPUs' timers, between their ticks the SMs' clocks; ranks aligned by words between them"

@@ -1,13 +1,13 @@
 """One axis for the clocks of all SMs of all ranks.
 
-Every SM counts its own clock, so an event says only when it was by its block's. The kernel aligns them (cuda_src/trace.cuh): now and
-then rank 0's block 0 asks the block 0 of every rank, and each block 0 those of its rank, for their clocks. An answer was read between
-question and reply, so it stands for the middle of the round trip, give or take half of it, whatever each way costs. In between, clocks
-are interpolated; how far an alignment lies from the line through those beside it is the drift that `Errors` states.
+Every SM counts its own clock, so an event says only when it was by its block's. These clocks do not keep one rate for a step, nor the
+same rate as each other: on two H200s, interpolated over 7 ms, they were off by 50 µs. So once a layer every block pairs its clock with
+its GPU's timer (cuda_src/trace.cuh), and events between two pairs are interpolated. That timer may tick as seldom as once a µs, so a
+pair is moved to the line through those near it.
 
-So every event has a time by one clock, that of rank 0's block 0. What a tick of it is in ns comes from its pairs with the GPU's timer,
-one a step. That timer may tick as seldom as once a µs, so lines are drawn through neighbouring pairs. What error is left there stretches
-the axis for all blocks alike, and never puts one before another.
+Timers of different GPUs are compared by words: rank 0's block 0 asks the block 0 of every other rank for its clock. An answer was read
+between question and reply, so it stands for the middle of the round trip, give or take half of it, whatever each way costs. Timers are
+quartz clocks, so what they differ by is a line over a run. Blocks of a rank are asked too, which says how well the timer placed them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import numpy as np
 
 WRAP = 1 << 32
 LONGEST_GAP_NS = 1e9  # between two pairs: a clock of 2 GHz must not wrap twice. After a longer one a new run begins
-WINDOW = 8  # pairs on each side that the timer's line is drawn through
+WINDOW = 8  # pairs on each side, at most, that a pair's line is drawn through
+NEAR_NS = 3e5  # and no farther away: an SM's clock keeps its rate for so long
+TIMER_WRAP = 1 << 56  # events have so many bits of the timer
 LONG_TRIP = 1.5  # round trips of more than so many times a partner's shortest do not count where others remain
 
-# A block's clock and its GPU's timer, ns, at the begin of a step.
+# A block's clock and its GPU's timer, ns, at the begin of a step or, after that, of a layer.
 PAIR = np.dtype([("rank", "i8"), ("block", "i8"), ("step", "i8"), ("clock", "i8"), ("timer", "i8")])
 # Before `step`, `rank`'s block 0 asked at its clock `asked`; the partner's clock `answer` was back after `trip` of its own.
 # Partners by number: a block of the same rank, or num_blocks + a rank, whose block 0 answered.
@@ -30,26 +32,28 @@ ALIGNMENT = np.dtype([(name, "i8") for name in ("rank", "partner", "step", "aske
 
 @dataclass(frozen=True)
 class Errors:
-    """How far off the axis may be, in µs. `blocks` and `ranks` are bounds: half the round trips that were used."""
+    """How far off the axis may be, in µs, at most."""
 
-    blocks: float = 0.0  # of a block against its rank's block 0
-    ranks: float = 0.0  # of a rank's block 0 against rank 0's
-    drift: float | None = 0.0  # of an alignment from the line through those beside it; None: too few to say
-    timer: float = 0.0  # of the timer from its lines
-    spread: float = (
-        0.0  # of the blocks' own readings of the timer from the axis: what aligning by the timer alone would be off by
-    )
+    blocks: float = 0.0  # of a block against its rank's block 0, as words between them tell: half their way is in it
+    ranks: float = 0.0  # of a rank's timer against rank 0's: half the round trips that were used
+    drift: float | None = 0.0  # of a comparison of timers from the line through all; None: too few to say
+    timer: float = 0.0  # of a pair from the line through those near it
 
 
 class _Pairs:
-    """PAIRs in order, and where the one of (rank, block, step) is."""
+    """PAIRs in order, and where the first of (rank, block, step) is."""
 
-    def __init__(self, pairs: np.ndarray):
+    def __init__(self, pairs: np.ndarray, one_timer: bool):
         keys = self._key(pairs["rank"], pairs["block"], pairs["step"])
         order = np.argsort(keys, kind="stable")
         self.records, self._keys = pairs[order], keys[order]
-        self.origin_ns = int(pairs["timer"].min()) if len(pairs) else 0
-        self.timer = self.records["timer"] - self.origin_ns
+        ranks = np.unique(self.records["rank"]).tolist()
+        first = {rank: int(self.records["timer"][self.records["rank"] == rank].min()) for rank in ranks}
+        if one_timer:
+            first = dict.fromkeys(ranks, min(first.values(), default=0))
+        self.origin_ns = first.get(0, 0)
+        # each rank's from its own first: small numbers, whatever timers of different GPUs are to each other
+        self.timer = self.records["timer"] - np.array([first[rank] for rank in self.records["rank"].tolist()], np.int64)
         new = np.diff(self.records["rank"] << 16 | self.records["block"], prepend=-1) != 0
         since = np.where(new, 0, np.diff(self.records["clock"], prepend=0) % WRAP)
         total = np.cumsum(since)  # a block's clock, counted on from its first pair
@@ -76,7 +80,7 @@ class SharedClock:
     ghz, errors = (1.0,), Errors()
 
     def __init__(self, pairs: np.ndarray):
-        self._pairs = _Pairs(pairs)
+        self._pairs = _Pairs(pairs, one_timer=True)
         self.origin_ns = self._pairs.origin_ns
 
     def place(self, rank, block, step, clock) -> np.ndarray:
@@ -102,110 +106,128 @@ class _Line:
 
 
 class AlignedClocks:
-    """The clocks of GPUs, from PAIRs and ALIGNMENTs. What no alignment reaches is placed nowhere."""
+    """The clocks of GPUs, from PAIRs and ALIGNMENTs. A rank whose timer nothing compares with rank 0's is placed nowhere."""
 
     def __init__(self, pairs: np.ndarray, alignments: np.ndarray, num_blocks: int, world_size: int):
-        self._blocks, self._world = num_blocks, world_size
-        self._pairs = _Pairs(pairs)
+        self._pairs = _Pairs(pairs, one_timer=False)
         self.origin_ns = self._pairs.origin_ns
         self.ghz = tuple(self._rate(rank) for rank in range(world_size))  # a rank's ticks a ns
-        self._trips: dict[str, list[float]] = {"blocks": [], "ranks": []}
+        smooth, self._lines = self._smooth(), {}  # (run, rank, block) -> from its ticks to its GPU's timer
+        records = self._pairs.records
+        which = self._pairs.run << 32 | records["rank"] << 16 | records["block"]
+        for group in np.split(np.arange(len(which)), np.nonzero(np.diff(which))[0] + 1):
+            if len(group):
+                of = records[group[0]]
+                key = int(self._pairs.run[group[0]]), int(of["rank"]), int(of["block"])
+                self._lines[key] = _Line(self._pairs.ticks[group].astype(np.float64), smooth[group], 1 / self.ghz[key[1]])
+        self._trips: list[float] = []
         self._drifts: list[float] = []
-        self._timer_errors: list[float] = []
-        self._lines: dict[tuple[int, int, int], tuple[_Line, ...]] = {}  # (run, rank, block) -> from its ticks to ns
+        self._apart: list[float] = []  # blocks of a rank, by words
+        self._offsets: dict[tuple[int, int], np.ndarray] = {}  # (run, rank) -> polynomial to add to its timer
         for run in np.unique(self._pairs.run).tolist():
-            self._align(run, alignments)
-        trips = {name: max(found, default=0.0) / 2 for name, found in self._trips.items()}
-        self.errors = Errors(
-            trips["blocks"],
-            trips["ranks"],
-            max(self._drifts, default=None),
-            max(self._timer_errors, default=0.0),
-            self._spread(),
-        )
+            self._offsets[run, 0] = np.zeros(1)
+            for rank in range(world_size):
+                told = self._told(run, alignments[alignments["rank"] == rank])
+                chiefs = told[told["partner"] >= num_blocks] if rank == 0 else told[:0]
+                for other in range(1, world_size if rank == 0 else 0):
+                    self._compare(run, other, chiefs[chiefs["partner"] == num_blocks + other])
+                self._check(run, rank, told[told["partner"] < num_blocks])
+        timer = float(np.abs(smooth - self._pairs.timer).max()) / 1e3 if len(smooth) else 0.0
+        apart, ranks = max(self._apart, default=0.0), max(self._trips, default=0.0) / 2
+        self.errors = Errors(apart, ranks, max(self._drifts, default=None), timer)
 
     def place(self, rank, block, step, clock) -> np.ndarray:
         """As SharedClock.place."""
-        at, found = self._pairs.find(rank, block, step)
-        ticks = (self._pairs.ticks[at] + (clock - self._pairs.records["clock"][at]) % WRAP).astype(np.float64)
+        ticks, runs, found = self._ticks(rank, block, step, clock)
         out = np.full(len(ticks), np.nan)
-        group = (self._pairs.run[at] << 32 | np.asarray(rank, np.int64) << 16 | block) * found - ~found
+        group = (runs << 32 | np.asarray(rank, np.int64) << 16 | block) * found - ~found
         order = np.argsort(group, kind="stable")
         for mine in np.split(order, np.nonzero(np.diff(group[order]))[0] + 1):
             if len(mine) and found[mine[0]]:
-                times = ticks[mine]
-                for line in self._lines[int(self._pairs.run[at[mine[0]]]), int(rank[mine[0]]), int(block[mine[0]])]:
-                    times = line(times)
-                out[mine] = times / 1e3
+                run, of_rank = int(runs[mine[0]]), int(rank[mine[0]])
+                offset = self._offsets.get((run, of_rank))
+                if offset is not None:
+                    times = self._lines[run, of_rank, int(block[mine[0]])](ticks[mine])
+                    out[mine] = (times + np.polyval(offset, times)) / 1e3
         return out
 
-    def _of(self, run: int, rank: int, block: int) -> np.ndarray:
-        r = self._pairs.records
-        return np.nonzero((self._pairs.run == run) & (r["rank"] == rank) & (r["block"] == block))[0]
+    def _ticks(self, rank, block, step, clock) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(clocks counted on from their block's first pair, their runs, which of them are right)."""
+        at, found = self._pairs.find(rank, block, step)
+        if not len(self._pairs.ticks):
+            return np.zeros(len(found)), np.zeros(len(found), np.int64), found
+        past = _signed(
+            np.asarray(clock, np.int64) - self._pairs.records["clock"][at]
+        )  # an alignment is before its step's first pair
+        return (self._pairs.ticks[at] + past).astype(np.float64), self._pairs.run[at], found
 
     def _rate(self, rank: int) -> float:
         """Ticks a ns of a rank's clocks, over its longest run."""
-        spans = [(0, 1.0)]
+        spans, r = [(0, 1.0)], self._pairs.records
         for run in np.unique(self._pairs.run).tolist():
-            mine = self._of(run, rank, 0)
-            ns = int(np.ptp(self._pairs.timer[mine])) if len(mine) else 0
+            mine = (self._pairs.run == run) & (r["rank"] == rank) & (r["block"] == 0)
+            ns = int(np.ptp(self._pairs.timer[mine])) if mine.any() else 0
             if ns:
                 spans.append((ns, float(np.ptp(self._pairs.ticks[mine])) / ns))
         return max(spans)[1]
 
-    def _align(self, run: int, alignments: np.ndarray) -> None:
-        by_timer = self._timer(run)
-        for rank in range(self._world):
-            of_rank = ()
-            if rank:
-                mine = (alignments["rank"] == 0) & (alignments["partner"] == self._blocks + rank)
-                of_rank = (self._line(run, alignments[mine], (0, 0), (rank, 0), "ranks"),)
-            self._lines[run, rank, 0] = (*of_rank, by_timer)
-            for block in range(1, self._blocks):
-                mine = (alignments["rank"] == rank) & (alignments["partner"] == block)
-                line = self._line(run, alignments[mine], (rank, 0), (rank, block), "blocks")
-                self._lines[run, rank, block] = (line, *of_rank, by_timer)
+    def _smooth(self) -> np.ndarray:
+        """The timer's reading of every pair, moved to the line through the pairs of its block that are near."""
+        p, n = self._pairs, len(self._pairs.records)
+        if not n:
+            return np.zeros(0)
+        ticks, timer = p.ticks.astype(np.float64), p.timer.astype(np.float64)
+        which = p.run << 32 | p.records["rank"] << 16 | p.records["block"]
+        w, x, y, xx, xy = np.zeros((5, n))
+        for offset in range(-WINDOW, WINDOW + 1):
+            at = np.clip(np.arange(n) + offset, 0, n - 1)
+            dx, dy = ticks[at] - ticks, timer[at] - timer
+            near = (which[at] == which) & (np.abs(dy) <= NEAR_NS) & (at == np.arange(n) + offset)
+            for total, term in ((w, 1.0), (x, dx), (y, dy), (xx, dx * dx), (xy, dx * dy)):
+                total += np.where(near, term, 0.0)
+        spread = w * xx - x * x
+        usual = 1 / np.array(self.ghz)[p.records["rank"]]
+        slope = np.where(spread > 0, (w * xy - x * y) / np.where(spread > 0, spread, 1.0), usual)
+        return timer + (y - slope * x) / w
 
-    def _line(self, run: int, asked: np.ndarray, asker: tuple[int, int], teller: tuple[int, int], which: str) -> _Line:
-        """From the teller's ticks to the asker's."""
-        (of_asker, a_found), (of_teller, t_found) = (self._pairs.find(*who, asked["step"]) for who in (asker, teller))
-        kept = a_found & t_found
-        kept &= (self._pairs.run[of_asker] == run) & (self._pairs.run[of_teller] == run) if len(asked) else False
-        if kept.any():
-            kept &= asked["trip"] <= LONG_TRIP * asked["trip"][kept].min()
-        asked, of_asker, of_teller = asked[kept], of_asker[kept], of_teller[kept]
-        clock, ticks = self._pairs.records["clock"], self._pairs.ticks
-        middle = ticks[of_asker] + _signed(asked["asked"] - clock[of_asker]) + asked["trip"] / 2
-        told = (ticks[of_teller] + _signed(asked["answer"] - clock[of_teller])).astype(np.float64)
-        ghz = self.ghz[asker[0]]
-        self._trips[which] += (asked["trip"] / ghz / 1e3).tolist()
-        if len(told) > 2:
-            x = (told[1:-1] - told[:-2]) / (told[2:] - told[:-2])
-            beside = middle[:-2] + (middle[2:] - middle[:-2]) * x
-            self._drifts.append(float(np.abs(middle[1:-1] - beside).max()) / ghz / 1e3)
-        return _Line(told, middle, ghz / self.ghz[teller[0]])
+    def _told(self, run: int, asked: np.ndarray) -> np.ndarray:
+        """Alignments of a run whose asker has pairs, but for those of long round trips."""
+        _, runs, found = self._ticks(asked["rank"], np.zeros(len(asked), np.int64), asked["step"], asked["asked"])
+        asked = asked[found & (runs == run)]
+        kept = np.zeros(len(asked), bool)
+        for partner in np.unique(asked["partner"]).tolist():
+            mine = asked["partner"] == partner
+            kept |= mine & (asked["trip"] <= LONG_TRIP * asked["trip"][mine].min())
+        return asked[kept]
 
-    def _timer(self, run: int) -> _Line:
-        """From the ticks of rank 0's block 0 to ns: its pairs, each moved to the mean of the line through those around it."""
-        chief = self._of(run, 0, 0)
-        ticks, timer = self._pairs.ticks[chief].astype(np.float64), self._pairs.timer[chief].astype(np.float64)
-        smooth = timer.copy()
-        for i in range(len(chief)):
-            near = slice(max(0, i - WINDOW), i + WINDOW + 1)
-            x, y = ticks[near] - ticks[i], timer[near]
-            if len(x) > 2:
-                slope, smooth[i] = np.polyfit(x, y, 1)
-                self._timer_errors.append(float(np.abs(y - slope * x - smooth[i]).max()) / 1e3)
-        return _Line(ticks, smooth, 1.0 / self.ghz[0])
+    def _moments(self, run: int, asked: np.ndarray, rank, block) -> tuple[np.ndarray, np.ndarray]:
+        """By their own GPUs' timers, ns: the middles of round trips, and when those who were asked, blocks of `rank`, read their clocks."""
+        zero, chief = np.zeros(len(asked), np.int64), self._lines[run, int(asked["rank"][0]), 0]
+        middle = chief(self._ticks(asked["rank"], zero, asked["step"], asked["asked"])[0] + asked["trip"] / 2)
+        ticks, runs, found = self._ticks(zero + rank, zero + block, asked["step"], asked["answer"])
+        line = self._lines.get((run, rank, block))
+        answered = line(ticks) if line else np.full(len(asked), np.nan)
+        return middle, np.where(found & (runs == run), answered, np.nan)
 
-    def _spread(self) -> float:
-        r = self._pairs.records
-        if not len(r):
-            return 0.0
-        off = self.place(r["rank"], r["block"], r["step"], r["clock"]) - self._pairs.timer / 1e3
-        for rank in range(self._world):  # the ranks' timers may differ by whatever
-            off[r["rank"] == rank] -= np.nanmedian(off[r["rank"] == rank]) if np.isfinite(off[r["rank"] == rank]).any() else 0.0
-        return float(np.nanmax(np.abs(off))) if np.isfinite(off).any() else 0.0
+    def _compare(self, run: int, rank: int, asked: np.ndarray) -> None:
+        if not len(asked):
+            return
+        middle, answered = self._moments(run, asked, rank, 0)
+        known = np.isfinite(answered)
+        if not known.any():
+            return
+        x, y = answered[known], (middle - answered)[known]
+        line = np.polyfit(x, y, 1) if len(x) > 2 and np.ptp(x) > 0 else np.array([y.mean()])
+        self._offsets[run, rank] = line
+        self._trips.append(float(asked["trip"][known].max()) / self.ghz[0] / 1e3)
+        if len(x) > 2:
+            self._drifts.append(float(np.abs(np.polyval(line, x) - y).max()) / 1e3)
+
+    def _check(self, run: int, rank: int, asked: np.ndarray) -> None:
+        for block in np.unique(asked["partner"]).tolist():
+            middle, answered = self._moments(run, asked[asked["partner"] == block], rank, block)
+            apart = np.abs(middle - answered)
+            self._apart += (apart[np.isfinite(apart)] / 1e3).tolist()
 
 
 def _signed(clocks: np.ndarray) -> np.ndarray:

@@ -110,7 +110,7 @@ def _head(console: Console, r: dict, title: str) -> None:
     console.print(f"{r['steps']} decode steps{lost}.")
     if e["blocks"]:
         ranks = f", of ranks within {us(e['ranks'])}" if e["ranks"] else ""
-        drift = f", drifting {us(e['drift'])} between alignments" if e["drift"] is not None else ""
+        drift = f", wavering by {us(e['drift'])}" if ranks and e["drift"] is not None else ""
         console.print(f"Clocks of blocks agree within {us(e['blocks'])}{ranks}{drift}.")
     shortest = [f"{us(h[f'shortest_{k}_us'])} {text}" for k, text in HOPS if h[f"shortest_{k}_us"] is not None]
     if shortest:

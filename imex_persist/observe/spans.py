@@ -60,9 +60,14 @@ def num_phases(shape: np.void) -> int:
     return 5 * int(shape["num_layers"]) + 3
 
 
+def is_pair(mark: np.ndarray) -> np.ndarray:
+    """Which marks are pairs of a block's clock and its GPU's timer."""
+    return (mark == Mark.CLOCK) | (mark == Mark.PAIR)
+
+
 def pairs_of(events: np.ndarray) -> np.ndarray:
-    """The PAIRs among RingReader's events."""
-    mine = events[events["event"]["what"] & 0xFF == Mark.CLOCK]
+    """The PAIRs among RingReader's events: of a block in order of time."""
+    mine = events[is_pair(events["event"]["what"] & 0xFF)]
     e, out = mine["event"], np.zeros(len(mine), PAIR)
     out["rank"], out["block"] = mine["rank"], mine["block"]
     out["step"], out["clock"] = e["step"].astype(np.int64) - 1, e["clock"]
@@ -88,9 +93,7 @@ def decode(
 def _spans(events: np.ndarray, times: np.ndarray, shape: np.void, ghz: np.ndarray) -> np.ndarray:
     e = events["event"]
     mark = e["what"] & 0xFF
-    where = np.where(
-        mark == Mark.CLOCK, int(Phase.EMBED), e["what"].astype(np.int64) >> 8
-    )  # a pair's higher bits are the timer's
+    where = np.where(is_pair(mark), int(Phase.EMBED), e["what"].astype(np.int64) >> 8)  # a pair's higher bits are the timer's
     phase, layer, layers = where & 0xFF, where >> 8, int(shape["num_layers"])
     order = order_of(phase, layer, layers)
     key = ((e["step"].astype(np.int64) << 3 | events["rank"]) << 12 | events["block"]) << 16 | order

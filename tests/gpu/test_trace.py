@@ -18,6 +18,7 @@ from imex_persist.abi import Phase
 from imex_persist.device.sim import SimDevice
 from imex_persist.model.config import ModelConfig
 from imex_persist.observe.capture import clocks_of
+from imex_persist.observe.clocks import TIMER_WRAP
 from imex_persist.observe.hops import hop_check
 from imex_persist.observe.report import decode_steps, report
 from imex_persist.observe.spans import Trace, decode
@@ -86,12 +87,12 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_no_word_is_seen_before_it_left(folder, exchange):
-    """The check that clocks aligned by the GPU's timer failed."""
+    """The check that failed where clocks were interpolated over a whole step, or over four."""
     _, trace, _ = traced(folder, exchange)
     hops, e = hop_check(trace), trace.errors
     print(f"{exchange}: {e}, {hops}")
     assert hops["contradictions"] == 0 and hops["checked"] > 100
-    assert 0 < e.blocks < 3 and 0 < e.ranks < 3  # half round trips through L2, in µs
+    assert e.blocks < 3 and 0 < e.ranks < 3  # µs; half round trips through L2 are in them
     if not SIMULATED:
         assert hops["shortest_local_us"] > 0.1 and hops["shortest_peers_us"] > 0.1
         assert e.drift < 1
@@ -105,10 +106,11 @@ def test_phases_follow_each_other_and_end_before_their_records(folder):
         assert np.all(table["begin"][..., 1:] >= table["end"][..., :-1])
     tokens = [int(r["time_ns"]) for r in records if r["kind"] == abi.Record.TOKEN]
     late_us = trace.errors.timer + 2.0
-    ends = [float(trace.table(step)["end"][0, 0, -1]) + trace.origin_ns / 1e3 for step in decode_steps(trace).steps]
+    ends = [float(trace.table(step)["end"][0, 0, -1]) for step in decode_steps(trace).steps]
     assert len(tokens) <= len(ends)
     for token, end in zip(tokens, ends, strict=False):
-        assert token / 1e3 > end - late_us
+        since = (token - trace.origin_ns + TIMER_WRAP // 2) % TIMER_WRAP - TIMER_WRAP // 2
+        assert end - late_us < since / 1e3 and (SIMULATED or since / 1e3 < end + 50.0)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
