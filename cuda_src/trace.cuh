@@ -104,7 +104,8 @@ DEV bool align_clocks(Block& b) {
 // Rank 0's mailbox, for the plan of `step`: whether clocks are aligned before it. They are after the kernel was idle, since an SM's clock
 // wraps in 2 s, and then every kAlignEvery traced steps.
 DEV bool plan_aligns(u32 step, bool idle, u32& next) {
-  if (!traced(step) || (!idle && step < next)) return false;
+  if (idle) next = step;
+  if (!traced(step) || step < next) return false;
   next = step + kAlignEvery * shape().trace_every;
   return true;
 }

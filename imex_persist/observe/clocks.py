@@ -32,12 +32,12 @@ ALIGNMENT = np.dtype([(name, "i8") for name in ("rank", "partner", "step", "aske
 
 @dataclass(frozen=True)
 class Errors:
-    """How far off the axis may be, in µs, at most."""
+    """How far off the axis may be, in µs, as far as comparisons tell."""
 
-    blocks: float = 0.0  # of a block against its rank's block 0, as words between them tell: half their way is in it
+    blocks: float = 0.0  # of a block against its rank's block 0, as words before steps tell: half their way is in it
     ranks: float = 0.0  # of a rank's timer against rank 0's: half the round trips that were used
     drift: float | None = 0.0  # of a comparison of timers from the line through all; None: too few to say
-    timer: float = 0.0  # of a pair from the line through those near it
+    timer: float = 0.0  # of a pair from the line between those beside it, 99 of 100 times; half a tick of the timer at least
 
 
 class _Pairs:
@@ -47,13 +47,14 @@ class _Pairs:
         keys = self._key(pairs["rank"], pairs["block"], pairs["step"])
         order = np.argsort(keys, kind="stable")
         self.records, self._keys = pairs[order], keys[order]
-        ranks = np.unique(self.records["rank"]).tolist()
-        first = {rank: int(self.records["timer"][self.records["rank"] == rank].min()) for rank in ranks}
-        if one_timer:
-            first = dict.fromkeys(ranks, min(first.values(), default=0))
-        self.origin_ns = first.get(0, 0)
-        # each rank's from its own first: small numbers, whatever timers of different GPUs are to each other
-        self.timer = self.records["timer"] - np.array([first[rank] for rank in self.records["rank"].tolist()], np.int64)
+        # Each rank's from its own first, unless they share one: small numbers, whatever timers of different GPUs are to each other, and
+        # whatever the bits are that events have of them.
+        ranks, which = np.unique(self.records["rank"] * (not one_timer), return_inverse=True)
+        any_of = np.array([int(self.records["timer"][which == i][0]) for i in range(len(ranks))], np.int64)
+        self.timer = _signed(self.records["timer"] - any_of[which], TIMER_WRAP) if len(ranks) else self.records["timer"]
+        least = np.array([int(self.timer[which == i].min()) for i in range(len(ranks))], np.int64)
+        self.timer = self.timer - least[which] if len(ranks) else self.timer
+        self.origin_ns = int((any_of[0] + least[0]) % TIMER_WRAP) if len(ranks) else 0
         new = np.diff(self.records["rank"] << 16 | self.records["block"], prepend=-1) != 0
         since = np.where(new, 0, np.diff(self.records["clock"], prepend=0) % WRAP)
         total = np.cumsum(since)  # a block's clock, counted on from its first pair
@@ -92,17 +93,20 @@ class SharedClock:
 
 @dataclass(frozen=True)
 class _Line:
-    """Straight between knots, on with `slope` beyond the first and the last."""
+    """Straight between knots; beyond the first and the last as between the nearest ones, or with `slope` where there is but one."""
 
     x: np.ndarray
     y: np.ndarray
     slope: float
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        if not len(self.x):
-            return np.full(len(x), np.nan)
-        beyond = np.minimum(x - self.x[0], 0.0) + np.maximum(x - self.x[-1], 0.0)
-        return np.interp(x, self.x, self.y) + beyond * self.slope
+        before, after = np.minimum(x - self.x[0], 0.0), np.maximum(x - self.x[-1], 0.0)
+        few = slice(None, WINDOW), slice(-WINDOW, None)
+        return np.interp(x, self.x, self.y) + before * self._slope(few[0]) + after * self._slope(few[1])
+
+    def _slope(self, knots: slice) -> float:
+        x, y = self.x[knots], self.y[knots]
+        return float((y[-1] - y[0]) / (x[-1] - x[0])) if x[-1] > x[0] else self.slope
 
 
 class AlignedClocks:
@@ -123,18 +127,18 @@ class AlignedClocks:
         self._trips: list[float] = []
         self._drifts: list[float] = []
         self._apart: list[float] = []  # blocks of a rank, by words
-        self._offsets: dict[tuple[int, int], np.ndarray] = {}  # (run, rank) -> polynomial to add to its timer
+        compared: dict[int, list[np.ndarray]] = {rank: [] for rank in range(1, world_size)}  # its timer; what rank 0's is more
         for run in np.unique(self._pairs.run).tolist():
-            self._offsets[run, 0] = np.zeros(1)
             for rank in range(world_size):
                 told = self._told(run, alignments[alignments["rank"] == rank])
-                chiefs = told[told["partner"] >= num_blocks] if rank == 0 else told[:0]
                 for other in range(1, world_size if rank == 0 else 0):
-                    self._compare(run, other, chiefs[chiefs["partner"] == num_blocks + other])
+                    compared[other].append(self._compare(run, other, told[told["partner"] == num_blocks + other]))
                 self._check(run, rank, told[told["partner"] < num_blocks])
-        timer = float(np.abs(smooth - self._pairs.timer).max()) / 1e3 if len(smooth) else 0.0
+        self._offsets = {0: np.zeros(1)}  # rank -> polynomial to add to its timer
+        for rank, found in compared.items():
+            self._offset(rank, np.concatenate([np.zeros((2, 0)), *found], axis=1))
         apart, ranks = max(self._apart, default=0.0), max(self._trips, default=0.0) / 2
-        self.errors = Errors(apart, ranks, max(self._drifts, default=None), timer)
+        self.errors = Errors(apart, ranks, max(self._drifts, default=None), self._between())
 
     def place(self, rank, block, step, clock) -> np.ndarray:
         """As SharedClock.place."""
@@ -145,7 +149,7 @@ class AlignedClocks:
         for mine in np.split(order, np.nonzero(np.diff(group[order]))[0] + 1):
             if len(mine) and found[mine[0]]:
                 run, of_rank = int(runs[mine[0]]), int(rank[mine[0]])
-                offset = self._offsets.get((run, of_rank))
+                offset = self._offsets.get(of_rank)
                 if offset is not None:
                     times = self._lines[run, of_rank, int(block[mine[0]])](ticks[mine])
                     out[mine] = (times + np.polyval(offset, times)) / 1e3
@@ -172,7 +176,7 @@ class AlignedClocks:
         return max(spans)[1]
 
     def _smooth(self) -> np.ndarray:
-        """The timer's reading of every pair, moved to the line through the pairs of its block that are near."""
+        """The timer's reading of every pair, moved to the line through the pairs of its block that are near, by half a tick at most."""
         p, n = self._pairs, len(self._pairs.records)
         if not n:
             return np.zeros(0)
@@ -188,7 +192,28 @@ class AlignedClocks:
         spread = w * xx - x * x
         usual = 1 / np.array(self.ghz)[p.records["rank"]]
         slope = np.where(spread > 0, (w * xy - x * y) / np.where(spread > 0, spread, 1.0), usual)
-        return timer + (y - slope * x) / w
+        half = self._ticks_ns()[p.records["rank"]] / 2
+        return timer + np.clip((y - slope * x) / w, -half, half)
+
+    def _ticks_ns(self) -> np.ndarray:
+        """How seldom each rank's timer ticks, in ns."""
+        p, out = self._pairs, np.ones(len(self.ghz))
+        for rank in range(len(out)):
+            apart = np.diff(np.unique(p.timer[p.records["rank"] == rank]))
+            out[rank] = np.gcd.reduce(apart) if len(apart) else 1.0
+        return out
+
+    def _between(self) -> float:
+        """Errors.timer"""
+        p = self._pairs
+        if len(p.records) < 3:
+            return 0.0
+        which = p.run << 32 | p.records["rank"] << 16 | p.records["block"]
+        x, y = p.ticks.astype(np.float64), p.timer.astype(np.float64)
+        beside = (which[2:] == which[:-2]) & (y[2:] - y[:-2] <= 2 * NEAR_NS) & (x[2:] > x[:-2])
+        part = (x[1:-1] - x[:-2]) / np.where(beside, x[2:] - x[:-2], 1.0)
+        off = np.abs(y[:-2] + (y[2:] - y[:-2]) * part - y[1:-1])[beside]
+        return max(float(np.percentile(off, 99)) if len(off) else 0.0, float(self._ticks_ns().max()) / 2) / 1e3
 
     def _told(self, run: int, asked: np.ndarray) -> np.ndarray:
         """Alignments of a run whose asker has pairs, but for those of long round trips."""
@@ -209,19 +234,25 @@ class AlignedClocks:
         answered = line(ticks) if line else np.full(len(asked), np.nan)
         return middle, np.where(found & (runs == run), answered, np.nan)
 
-    def _compare(self, run: int, rank: int, asked: np.ndarray) -> None:
+    def _compare(self, run: int, rank: int, asked: np.ndarray) -> np.ndarray:
+        """[2, comparisons] of a run: a rank's timer, and how much more rank 0's was."""
         if not len(asked):
-            return
+            return np.zeros((2, 0))
         middle, answered = self._moments(run, asked, rank, 0)
         known = np.isfinite(answered)
-        if not known.any():
+        self._trips += (asked["trip"][known] / self.ghz[0] / 1e3).tolist()
+        return np.stack([answered[known], (middle - answered)[known]])
+
+    def _offset(self, rank: int, compared: np.ndarray) -> None:
+        """One line for all runs: timers go on while kernels are idle."""
+        x, y = compared
+        if not len(x):
             return
-        x, y = answered[known], (middle - answered)[known]
-        line = np.polyfit(x, y, 1) if len(x) > 2 and np.ptp(x) > 0 else np.array([y.mean()])
-        self._offsets[run, rank] = line
-        self._trips.append(float(asked["trip"][known].max()) / self.ghz[0] / 1e3)
-        if len(x) > 2:
-            self._drifts.append(float(np.abs(np.polyval(line, x) - y).max()) / 1e3)
+        if len(x) < 3 or np.ptp(x) == 0:
+            self._offsets[rank] = np.array([y.mean()])
+            return
+        self._offsets[rank] = np.polyfit(x, y, 1)
+        self._drifts.append(float(np.abs(np.polyval(self._offsets[rank], x) - y).max()) / 1e3)
 
     def _check(self, run: int, rank: int, asked: np.ndarray) -> None:
         for block in np.unique(asked["partner"]).tolist():
@@ -230,6 +261,6 @@ class AlignedClocks:
             self._apart += (apart[np.isfinite(apart)] / 1e3).tolist()
 
 
-def _signed(clocks: np.ndarray) -> np.ndarray:
-    """Differences of 32-bit clocks that are near: -2³¹ … 2³¹ - 1."""
-    return (clocks + WRAP // 2) % WRAP - WRAP // 2
+def _signed(clocks: np.ndarray, wrap: int = WRAP) -> np.ndarray:
+    """Differences of clocks that are near: -2³¹ … 2³¹ - 1 of those of 32 bits."""
+    return (clocks + wrap // 2) % wrap - wrap // 2

@@ -111,7 +111,9 @@ def _head(console: Console, r: dict, title: str) -> None:
     if e["blocks"]:
         ranks = f", of ranks within {us(e['ranks'])}" if e["ranks"] else ""
         drift = f", wavering by {us(e['drift'])}" if ranks and e["drift"] is not None else ""
-        console.print(f"Clocks of blocks agree within {us(e['blocks'])}{ranks}{drift}.")
+        console.print(
+            f"Where steps begin, clocks of blocks agree within {us(e['blocks'])}{ranks}{drift}; within a step {us(e['timer'])}."
+        )
     shortest = [f"{us(h[f'shortest_{k}_us'])} {text}" for k, text in HOPS if h[f"shortest_{k}_us"] is not None]
     if shortest:
         console.print(f"Shortest hop {', '.join(shortest)}; {h['contradictions']} of {h['checked']} contradict.")

@@ -12,7 +12,7 @@ from imex_persist import abi, planner
 from imex_persist.observe.clocks import ALIGNMENT
 
 EVENT = np.dtype([("rank", "u2"), ("block", "u2"), ("writer", "u2"), ("_pad", "u2"), ("event", abi.TraceEvent)])
-EVENTS_PER_LAYER = 25  # at most, of a block's consumers, when a block attends to one run of one row
+EVENTS_PER_LAYER = 29  # at most, of a block's consumers, when a block attends to one run of one row: 28, and 11 once a step
 RING_STEPS = 16
 MAX_RING = 1 << 16
 LATE_STEPS = 4  # an adder's mark may be written after its step was fetched: it is skipped

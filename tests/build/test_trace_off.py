@@ -18,7 +18,8 @@ WITHOUT = """#pragma once
 #include "block.cuh"
 namespace imex {
 DEV void mark(Block&, Mark, u32 = 0) {}
-DEV void mark_clock(Block&) {}
+DEV void mark_clock(Block&, Mark) {}
+DEV bool traced(u32) { return false; }
 struct Sent {};
 DEV void mark_sent(Block&, int, Sent&, const UnitNote&, bool) {}
 DEV bool align_clocks(Block&) { return true; }
@@ -52,9 +53,10 @@ WHIM = 64  # instructions, of some 18,000: moves between registers, and what fil
 
 def opcodes(shape, arch: str) -> Counter:
     try:
-        build = nvrtc.compile_kernel(shape, arch)
+        nvrtc.version()
     except DeviceError as error:
         pytest.skip(str(error))
+    build = nvrtc.compile_kernel(shape, arch)
     tool = nvdisasm()
     if tool is None:
         pytest.skip("nvdisasm was not found: the wheel nvidia-cuda-nvdisasm has it")
