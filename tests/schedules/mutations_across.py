@@ -57,8 +57,6 @@ MAILBOX = (
     Mutation("one_token_buffer", "tokens of the next step overwrite those the mailbox still reads",
              (("phases/sample.cuh", "tokens[b.step & 1][row]", "tokens[0][row]"), ("plan.cuh", "tokens[(b.step & 1) ^ 1]", "tokens[0]"),
               ("mailbox.cuh", "m.shared->tokens[parity][r]", "m.shared->tokens[0][r]")), **TSAN),
-    one("released_before_the_ghost", "a slot goes back to the host while a planned step still has a row of it", "mailbox.cuh",
-        "if (slot.active != 2 || (slot.last_step != ~0u && slot.last_step >= m.done)) return;", "if (slot.active != 2) return;", **DRILL),
     Mutation("record_announced_first", "the host sees a record's number before its contents",
              (("mailbox.cuh", "  store_release_sys(&r->sequence, sequence);\n", ""),
               ("mailbox.cuh", "  store_relaxed_sys(&r->kind, (u32)kind);\n",
