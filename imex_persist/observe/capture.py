@@ -14,7 +14,8 @@ from imex_persist.observe.spans import Trace, decode, pairs_of
 SETTLE_S = 0.05  # after the last token: for the blocks to write their last events
 BEHIND = 2  # steps behind the kernel, while it runs: all ranks have written them
 MAX_DRAINS_KEPT = 4096
-LIVE_DRAINS = 64  # whose alignments of clocks `poll` uses
+LIVE_DRAINS = 64  # earlier ones whose clocks `poll` uses at most: they cost as much as what is new
+COMPARED = 4  # steps before which ranks' timers were compared, for a line through what they differ by
 
 
 class Capture:
@@ -41,13 +42,22 @@ class Capture:
         """The steps that are new since the last call, or None."""
         self._keep(self._mailbox.steps - BEHIND)
         new, self._new = min(self._new, len(self._drained)), 0
-        return self._decode(new, new + LIVE_DRAINS) if new else None
+        return self._decode(new, self._with_clocks(new)) if new else None
 
     def finish(self) -> Trace:
         """Everything so far. Call when no request runs."""
         time.sleep(SETTLE_S)
         self._keep(self._mailbox.steps)
         return self._decode(len(self._drained), len(self._drained))
+
+    def _with_clocks(self, new: int) -> int:
+        """How many of the last drains place the events of the last `new`: those, one more, and more until timers were compared often."""
+        compared: set[int] = set()
+        for count, (_, alignments) in enumerate(reversed(self._drained), 1):
+            compared.update(np.unique(alignments["step"]).tolist())
+            if (count > new and len(compared) >= COMPARED) or count == new + LIVE_DRAINS:
+                return count
+        return len(self._drained)
 
     def _keep(self, steps: int) -> None:
         events, alignments = self._reader.fetch(steps)
