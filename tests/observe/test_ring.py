@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from imex_persist import abi, planner
-from imex_persist.abi import Mark, Phase
-from imex_persist.observe.ring import RingReader
+from imex_persist.abi import Mark, Phase, Strategy
+from imex_persist.observe.ring import EVENTS_PER_LAYER, RingReader
 
-from .traced import CONFIG
+from .traced import CONFIG, run
 
 SIZE = 256
 
@@ -111,3 +111,13 @@ def test_from_a_later_step_on():
     reader = RingReader(memoryview(writer.memory), writer.shape, first_step=8)
     check(reader.fetch(10)[0], [8, 9], 20)
     assert not reader.lost
+
+
+def test_a_ring_has_room_for_the_steps_that_are_planned():
+    """Of blocks that attend to one run of one row, with an exchange that has owners: as many marks as there are."""
+    one = {"max_rows": 1, "strategy": Strategy.ONE_SHOT_LOCAL, "one_shot_rows": 0}
+    events, _, _ = run(world=1, blocks=8, trace=8192, requests=[{"prompt": [1, 2], "max_tokens": 6}], **one).fetch()
+    mine = events[events["writer"] == 0]
+    counts = np.unique(mine["event"]["step"].astype(np.int64) << 16 | mine["block"], return_counts=True)[1]
+    most = EVENTS_PER_LAYER * (CONFIG.num_hidden_layers + 1)
+    assert 0.7 * most < counts.max() <= most
