@@ -26,7 +26,7 @@ from .observation import Wrong
 ROOT = Path(__file__).parents[2]
 QUICK_CXX = f"{sys.executable} {Path(__file__).with_name('quick_cxx.py')}"
 STRIDE = 3  # seeds of the campaign, but more configurations than it would have run by then
-RUNS, SECONDS = 600, 60.0
+RUNS, SECONDS = 2000, 140.0
 
 
 @dataclass
