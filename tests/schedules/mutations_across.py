@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .mutations import BLOCK, DRILL, RING, THREADS, TSAN, WARP, Mutation, gone, one
+from .mutations import BLOCK, DRILL, RING, TSAN, WARP, Mutation, gone, one
 
 IDLE = (
     "DEV void push_units(Block& b, Producer& p, const Matrix& m) {\n",
@@ -25,7 +25,7 @@ WORDS = (
     one("one_sum_buffer", "down sums overwrite o sums that a late block still reads", "exchange.cuh",
         "shape().off_down_part, shape().off_down_sum", "shape().off_down_part, shape().off_o_sum"),
     Mutation("block_without_a_unit", "condition C: one block publishes nothing in any matrix phase (as with grid > hidden / 8)",
-             (("stream.cuh", *IDLE), ("stream.cuh", *IDLE_CLAIMS)), **DRILL),
+             (("stream.cuh", *IDLE), ("stream.cuh", *IDLE_CLAIMS))),
     one("claims_start_elsewhere", "the claims of a use are counted from the wrong base", "phases/qkv.cuh",
         "b.step / 2", "(b.step + 1) / 2"),
     one("lm_head_claims_by_step", "the LM head's counter is taken to be used in every step", "decode.cu",
@@ -82,7 +82,7 @@ LEAVING = (
                "mbar_wait(b.waiter, Wait::kTile, false, full, also")),
              **DRILL),
     one("leaves_without_a_vote", "a block's warps do not leave together", "words.cuh", "  return all_well(b);\n}\n\n}  // namespace",
-        "  consumer_sync();\n  return !b.waiter.failed;\n}\n\n}  // namespace", **THREADS),
+        "  consumer_sync();\n  return !b.waiter.failed;\n}\n\n}  // namespace"),
 )  # fmt: skip
 RENEW = (
     one("renew_without_zeros", "epochs begin again and old words match them", "renew.cuh", "; meeting && pair <", "; false && pair <"),
