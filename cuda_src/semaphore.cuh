@@ -43,7 +43,7 @@ DEV bool await_signals(Block& b, u32 part, u32 sources, u32 epoch) {
   return all_well(b);
 }
 
-// Adds every source's values to the replicated residual, as receive_whole does.
+// Adds every source's values to the replicated residual, and returns the squares, as receive_whole does.
 DEV float add_plain_values(Block& b, u32 part, u32 sources, bool weighs) {
   const int quads = shape().hidden_size / 4, rows = num_rows(b);
   float squares = 0.f;

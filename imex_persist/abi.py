@@ -1,7 +1,7 @@
 """Everything host and device both know, written once.
 
-`make abi` renders the C++ side (abi_render.py); a test compares the two, and every size and offset is
-`static_assert`ed there. Structs are NumPy dtypes of 32- and 64-bit fields, so `struct.pack_into` and NumPy both read them.
+`make abi` renders the C++ side (abi_render.py); a test compares the two, and every size is `static_assert`ed there. No struct has
+padding, so sizes settle offsets. Structs are NumPy dtypes of 32- and 64-bit fields, so `struct.pack_into` and NumPy both read them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 # ------------------------------------------------------------------------------------------------ constants
 MAX_RANKS = 8  # ranks that may exchange partial sums
 MAX_ROWS = 16  # rows of a step: the tensor core's m = 16 operand
+FEW_ROWS = 4  # up to here a product takes tiles in groups of two, and activations stay in registers
 MAX_SLOTS = 16  # sequences resident at once: each has a row of its own in every step
 MAX_SPLITS = 32  # runs of the context that different blocks attend to
 MAX_STAGES = 24  # ring stages
@@ -139,7 +140,7 @@ class Mark(enum.IntEnum):
     SUM = 5  # a slice owner's first thread has published its sums; `value`: waited for the ranks' words
     SENT = 6  # the adder's last words of the phase have left; `value`: clocks since its first had
     MET = 7  # the block's warps have met: the slowest is done with the phase before, and its activations may be overwritten
-    PAIR = 8  # a layer, or the LM head, begins: as CLOCK, since an SM's clock does not keep its rate for a step
+    PAIR = 8  # a layer or the LM head begins, or the step ends: as CLOCK, since an SM's clock does not keep its rate for a step
 
 
 class Probe(enum.IntEnum):
@@ -380,7 +381,7 @@ STRUCTS = {
 }
 ENUMS = (Phase, Wait, Command, Record, Finish, Draw, Strategy, Mark, Probe)
 CONSTANTS = (
-    "MAX_RANKS MAX_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS "
+    "MAX_RANKS MAX_ROWS FEW_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS "
     "ADDER_WARPS TRACE_WRITERS ALIGN_ROUNDS ALIGN_EVERY ALIGN_SLOTS NUM_WARPS PART_SLOTS MAX_STOP_IDS "
     "PLAN_HEADER_WORDS PLAN_ROW_WORDS SAMPLING_WORDS MAX_LOGPROBS SEARCH_PIVOTS SEARCH_ROUNDS DRAW_ROW_BYTES SHARED_MAILBOX_BYTES "
     "SHARED_HEADER_BYTES DESCRIPTOR_SLOTS RECORD_SLOTS TOKEN_FROM_ROW ROW_SAMPLES ROW_DRAWS ROW_SLOT PLAN_ALIGNS PLAN_NEW_PAGES "

@@ -17,7 +17,6 @@ MAX_USEFUL_STAGES = 12  # more buffered tiles did not help (docs/performance.md)
 MIN_STAGES = 4
 ONE_SHOT_WORDS = 8192  # words a block can read in one shot before a slice owner is faster (docs/performance.md)
 LONG_UNIT_TILES = 7  # a unit of down_proj that is longer should be cut (docs/performance.md)
-FEW_ROWS = 4  # up to here the product takes tiles in groups of two and holds activations in registers (kFewRows in cuda_src)
 LATENCY_US = 1.1  # of a bulk copy from memory that others are using too
 USUAL_WINDOW = 3  # tiles in flight where the memory is not known
 PARTIAL_GROUP = 128  # partial sums that lie together, halves of quads apart (part_index in cuda_src/exchange.cuh)
@@ -156,7 +155,7 @@ def _finer_slices_help(s) -> bool:
     if words <= ONE_SHOT_WORDS < 2 * words:
         return False
     whole = s["strategy"] == abi.Strategy.SEMAPHORE or s["one_shot_rows"] == rows
-    gathers_less = rows > FEW_ROWS and world == 1 and not whole and s["num_blocks"] >= 16 * slices and tiles >= 2
+    gathers_less = rows > abi.FEW_ROWS and world == 1 and not whole and s["num_blocks"] >= 16 * slices and tiles >= 2
     return tiles > LONG_UNIT_TILES or gathers_less
 
 

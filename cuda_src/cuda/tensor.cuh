@@ -9,7 +9,7 @@ namespace imex {
 // for the two halves of k, and one instruction multiplies a chunk; more rows take an instruction for each half, and half of what it
 // computes is not used.
 constexpr int kStepRows = shape().max_rows;
-constexpr bool kFewRows = kStepRows <= 4;
+constexpr bool kFew = kStepRows <= kFewRows;
 constexpr int kShareChunks =
     kTileK / 32 / kConsumerWarps;  // of a full tile, a warp's: the chunks warp, warp + CONSUMER_WARPS, …
 constexpr bool kWholeTiles =       // no unit's last tile is short
@@ -20,16 +20,16 @@ constexpr bool kWholeTiles =       // no unit's last tile is short
 constexpr int kHiddenK = shape().hidden_size, kHeadsK = shape().num_heads * shape().head_dim,
               kDownK = shape().intermediate_size / shape().down_slices;
 DEV int group_tiles() {
-  return kFewRows ? 2 : 1;
+  return kFew ? 2 : 1;
 }  // tiles that are loaded together: with more rows two would not fit the registers
 
 // The activations that a warp's shares of a row's tiles meet, where they fit registers: every unit of the phase needs the same.
 // Few rows: lane (column, quarter) has of row column % 4 the k pairs 0 and 2 (columns 0-3) or 1 and 3 of its quarter of a chunk. Else all four
 // of row `column`, and of row column + 8.
-constexpr int kPairs = kFewRows ? 2 : kStepRows <= 8 ? 4 : 8;
+constexpr int kPairs = kFew ? 2 : kStepRows <= 8 ? 4 : 8;
 template <int K>
 struct Operand {
-  static constexpr bool kHeld = kFewRows && K <= 4 * kTileK;
+  static constexpr bool kHeld = kFew && K <= 4 * kTileK;
   u32 x[kHeld ? (K + kTileK - 1) / kTileK : 1][kShareChunks][kPairs];
 };
 // What one warp multiplies of a tile, in registers.
@@ -41,11 +41,11 @@ struct Share {
 // branch, no bank conflict, and its sums are not stored. What lies beyond the last of `chunks` is zero.
 DEV void load_pairs(u32 (&to)[kPairs], const char* x, int c, int chunks, int rows) {
   const int column = lane_index() / 4, quarter = lane_index() % 4;
-  const int low = min(kFewRows ? column % 4 : column, rows - 1), high = min(column + 8, rows - 1);
+  const int low = min(kFew ? column % 4 : column, rows - 1), high = min(column + 8, rows - 1);
   const bool here = kWholeTiles || c < chunks;
   const uint4 zero = {0, 0, 0, 0};
   const char* from = x + (c * kStepRows + low) * 64 + quarter * 16;
-  if (kFewRows) {
+  if (kFew) {
     from += column / 4 * 4;
     to[0] = here ? *(const u32*)from : 0;
     to[1] = here ? *(const u32*)(from + 8) : 0;
@@ -83,7 +83,7 @@ DEV void accum_multiply(Accum& acc, const Share& share, const Operand<K>& operan
   UNROLL for (int j = 0; j < kShareChunks; j++) {
     const uint4 w = share.w[j];
     const u32* x = Operand<K>::kHeld ? operand.x[t][j] : share.x[j];
-    if (kFewRows) {
+    if (kFew) {
       mma_bf16(acc.c[j % 4], w.x, w.y, w.z, w.w, x[0], x[1]);
     } else if (kStepRows <= 8) {
       mma_bf16(acc.c[j % 2 * 2], w.x, w.y, w.z, w.w, x[0], x[2]);
@@ -103,7 +103,7 @@ DEV void accum_store(const Accum& acc, float* part, int rows) {
     if (at < rows) part[at * 8 + output] = first;
     if (at + 1 < rows) part[(at + 1) * 8 + output] = second;
   };
-  if (kFewRows) {
+  if (kFew) {
     float s[4];
     UNROLL for (int j = 0; j < 4; j++) s[j] = (acc.c[0][j] + acc.c[1][j]) + (acc.c[2][j] + acc.c[3][j]);
     s[2] = __shfl_down_sync(~0u, s[2], 2);  // the other half of k is two columns on

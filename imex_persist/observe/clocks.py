@@ -49,12 +49,14 @@ class _Pairs:
         self.records, self._keys = pairs[order], keys[order]
         # Each rank's from its own first, unless they share one: small numbers, whatever timers of different GPUs are to each other, and
         # whatever the bits are that events have of them.
-        ranks, which = np.unique(self.records["rank"] * (not one_timer), return_inverse=True)
-        any_of = np.array([int(self.records["timer"][which == i][0]) for i in range(len(ranks))], np.int64)
-        self.timer = _signed(self.records["timer"] - any_of[which], TIMER_WRAP) if len(ranks) else self.records["timer"]
-        least = np.array([int(self.timer[which == i].min()) for i in range(len(ranks))], np.int64)
-        self.timer = self.timer - least[which] if len(ranks) else self.timer
-        self.origin_ns = int((any_of[0] + least[0]) % TIMER_WRAP) if len(ranks) else 0
+        self.timer, self.origin_ns = np.zeros(len(pairs), np.int64), 0
+        timers = self.records["rank"] * (not one_timer)
+        for of in np.unique(timers).tolist()[::-1]:  # rank 0's last: the origin is its
+            mine = timers == of
+            read = self.records["timer"][mine]
+            since = signed(read - read[0], TIMER_WRAP)
+            self.timer[mine] = since - since.min()
+            self.origin_ns = int((read[0] + since.min()) % TIMER_WRAP)
         new = np.diff(self.records["rank"] << 16 | self.records["block"], prepend=-1) != 0
         since = np.where(new, 0, np.diff(self.records["clock"], prepend=0) % WRAP)
         total = np.cumsum(since)  # a block's clock, counted on from its first pair
@@ -160,7 +162,7 @@ class AlignedClocks:
         at, found = self._pairs.find(rank, block, step)
         if not len(self._pairs.ticks):
             return np.zeros(len(found)), np.zeros(len(found), np.int64), found
-        past = _signed(
+        past = signed(
             np.asarray(clock, np.int64) - self._pairs.records["clock"][at]
         )  # an alignment is before its step's first pair
         return (self._pairs.ticks[at] + past).astype(np.float64), self._pairs.run[at], found
@@ -261,6 +263,6 @@ class AlignedClocks:
             self._apart += (apart[np.isfinite(apart)] / 1e3).tolist()
 
 
-def _signed(clocks: np.ndarray, wrap: int = WRAP) -> np.ndarray:
+def signed(clocks: np.ndarray, wrap: int = WRAP) -> np.ndarray:
     """Differences of clocks that are near: -2³¹ … 2³¹ - 1 of those of 32 bits."""
     return (clocks + wrap // 2) % wrap - wrap // 2

@@ -9,7 +9,7 @@ import numpy as np
 
 from imex_persist import abi, planner
 from imex_persist.abi import Phase
-from imex_persist.observe.clocks import TIMER_WRAP
+from imex_persist.observe.clocks import TIMER_WRAP, signed
 from imex_persist.observe.hops import exchange_places, hop_check, words_left
 from imex_persist.observe.path import KINDS, Path, critical_path, suspects, usual
 from imex_persist.observe.spans import EXCHANGED, Trace, num_phases
@@ -244,8 +244,7 @@ def published(trace: Trace, times_ns: list[int]) -> np.ndarray:
     ends = np.array([float(trace.table(step)["end"][0, 0, -1]) for step in steps.tolist()])
     if len(ends) < len(times_ns) or not len(ends) or np.any(np.diff(steps) != 1):
         return np.zeros(0)
-    since = (np.array(times_ns, np.int64) - trace.origin_ns + TIMER_WRAP // 2) % TIMER_WRAP - TIMER_WRAP // 2
-    return since / 1e3 - ends[: len(times_ns)]
+    return signed(np.array(times_ns, np.int64) - trace.origin_ns, TIMER_WRAP) / 1e3 - ends[: len(times_ns)]
 
 
 def report(

@@ -104,6 +104,11 @@ KERNEL attend(const char* q, const char* chunks, float* merge, int heads, int co
   for (int i = thread_index(); i < workers * stride; i += kThreads) merge[i] = merged[i];
 }
 
+// bf16 pairs: one, other, product [count].
+KERNEL products(const u32* one, const u32* other, u32* product, int count) {
+  for (int i = thread_index(); i < count; i += kThreads) product[i] = multiply_bf16(one[i], other[i]);
+}
+
 // Plain loads and stores: from, to: float4 [count].
 KERNEL plain(const float4* from, float4* to, int count) {
   for (int i = thread_index(); i < count; i += kThreads) {

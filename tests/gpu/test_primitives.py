@@ -47,6 +47,15 @@ def test_warp_sum_and_maximum_reach_every_lane(bench):
     np.testing.assert_array_equal(totals.get(), np.repeat(keys.sum(1, keepdims=True, dtype=np.uint64), 32, 1))
 
 
+def test_products_of_bf16_pairs(bench):
+    """Exact in float32, then rounded once."""
+    one, other = (to_bf16(np.random.default_rng(seed).standard_normal(2000) * 30) for seed in (5, 6))
+    one[:4] = to_bf16(np.float32([0.0, -0.0, 1.0, -1.0]))
+    product = bench.xp.zeros(1000, np.uint32)
+    bench.run("products", *(bench.xp.asarray(a.view(np.uint32)) for a in (one, other)), product, np.int32(1000))
+    np.testing.assert_array_equal(product.get().view(np.uint16), to_bf16(from_bf16(one) * from_bf16(other)))
+
+
 def test_plain_quads(bench):
     values = np.random.default_rng(4).standard_normal((1000, 4)).astype(np.float32)
     out = bench.xp.zeros((1000, 4), np.float32)

@@ -18,7 +18,7 @@ from imex_persist.abi import Phase
 from imex_persist.device.sim import SimDevice
 from imex_persist.model.config import ModelConfig
 from imex_persist.observe.capture import clocks_of
-from imex_persist.observe.clocks import TIMER_WRAP
+from imex_persist.observe.clocks import TIMER_WRAP, signed
 from imex_persist.observe.hops import hop_check
 from imex_persist.observe.report import decode_steps, report
 from imex_persist.observe.spans import Trace, decode
@@ -109,7 +109,7 @@ def test_phases_follow_each_other_and_end_before_their_records(folder):
     ends = [float(trace.table(step)["end"][0, 0, -1]) for step in decode_steps(trace).steps]
     assert len(tokens) <= len(ends)
     for token, end in zip(tokens, ends, strict=False):
-        since = (token - trace.origin_ns + TIMER_WRAP // 2) % TIMER_WRAP - TIMER_WRAP // 2
+        since = signed(token - trace.origin_ns, TIMER_WRAP)
         assert end - late_us < since / 1e3 and (SIMULATED or since / 1e3 < end + 50.0)
 
 
