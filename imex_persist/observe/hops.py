@@ -37,11 +37,17 @@ def words_left(table: np.ndarray, shape: np.void) -> np.ndarray:
     return out
 
 
+def needs_some(phase: Phase, shape: np.void) -> bool:
+    """Whether a block needs the words of some blocks only: of an item's heads in attention, of its slice where down_proj's K is cut."""
+    return phase == Phase.ATTENTION or (phase == Phase.DOWN_PROJ and int(shape["down_slices"]) > 1)
+
+
 def hop_check(trace: Trace) -> dict:
     """The shortest hops, and how many words were seen before they had left, which clocks that are wrong would show.
 
-    A hop is from the last word of all that a block needs to the block having them all. Attention is left out: an item needs words of
-    few blocks. "local" hops wait for the own rank's words only, or had one of them as the last; "peers" the others.
+    A hop is from the last word of all that a block needs to the block having them all. Left out are phases that need some blocks' words
+    only, and o_proj: attention's words leave before its end, which is what its mark tells. "local" hops wait for the own rank's words
+    only, or had one of them as the last; "peers" the others.
     """
     shortest = {"local": np.inf, "peers": np.inf}
     count = wrong = 0
@@ -50,7 +56,7 @@ def hop_check(trace: Trace) -> dict:
         out = words_left(table, trace.shape)
         for target in range(2, num_phases(trace.shape)):
             phase = Phase(int(table["phase"][0, 0, target]))
-            if phase in (Phase.ATTENTION, Phase.O_PROJ):
+            if phase == Phase.O_PROJ or needs_some(phase, trace.shape):
                 continue
             left = out[..., target - 1].max(axis=1)
             seen = table["input"][..., target].min(axis=1)  # also where slice owners stand between: all words are in it

@@ -14,7 +14,7 @@ import numpy as np
 
 from imex_persist import abi
 from imex_persist.abi import Phase
-from imex_persist.observe.hops import words_left
+from imex_persist.observe.hops import needs_some, words_left
 from imex_persist.observe.spans import Trace, order_of
 
 KINDS = ("compute", "tiles", "warps", "local_hop", "peer_hop")
@@ -74,6 +74,7 @@ def critical_path(trace: Trace, step: int) -> Path:
 class _Walk:
     def __init__(self, trace: Trace, step: int):
         self.step, self.table = step, trace.table(step)  # [rank, block, order]
+        self.shape = trace.shape
         self.layers, self.world = int(trace.shape["num_layers"]), int(trace.shape["world_size"])
         self.two_shot = int(trace.shape["strategy"]) == abi.Strategy.TWO_SHOT
         self.out = words_left(self.table, trace.shape)
@@ -110,7 +111,7 @@ class _Walk:
             if exporters is not None:
                 before, ranks = exporters
                 out = self.out[ranks, :, before]
-                if phase == Phase.ATTENTION:  # an item needs the words of some blocks only, which had left when it had them
+                if needs_some(phase, self.shape):  # what it did need had left when it had it
                     out = np.where(out <= time, out, -np.inf)
                 came_from, left = _last(out, ranks.start)
                 left = min(left, time)

@@ -128,7 +128,7 @@ def _spans(events: np.ndarray, times: np.ndarray, shape: np.void, ghz: np.ndarra
     from_ranks = np.isin(phase, EXCHANGED) & many
     has_sum = ~np.isnan(out["sum"])[inverse]
     peers = (mark == Mark.SUM) & many | (mark == Mark.INPUT) & from_ranks & ~has_sum
-    words = (mark == Mark.SUM) & ~many | (mark == Mark.INPUT) & ~(from_ranks & ~has_sum)
+    words = (mark == Mark.SUM) & (not many) | (mark == Mark.INPUT) & ~(from_ranks & ~has_sum)
     for name, mine in (("peers", peers), ("words", words), ("tiles", (mark == Mark.END) & (phase != Phase.EMBED))):
         np.add.at(out[name], inverse[mine], clocks[mine])
     valued = (mark == Mark.READY) | (mark == Mark.END) & (phase == Phase.EMBED)

@@ -23,6 +23,7 @@ EXCHANGES = (
     {},
     {"strategy": abi.Strategy.ONE_SHOT_LOCAL, "one_shot_rows": 0},
     {"strategy": abi.Strategy.TWO_SHOT, "one_shot_rows": 0},
+    {"strategy": abi.Strategy.ONE_SHOT, "down_slices": 2},
 )
 
 
@@ -31,7 +32,7 @@ def traced(exchange: int = 0, delay: str = "", world: int = 2):
     return run(world=world, delay=delay, **EXCHANGES[exchange])
 
 
-@pytest.mark.parametrize("exchange", range(3))
+@pytest.mark.parametrize("exchange", range(len(EXCHANGES)))
 def test_every_block_has_every_span_in_order(exchange):
     trace = trace_of(traced(exchange))
     assert not trace.lost and trace.steps == list(range(len(trace.steps)))
@@ -55,7 +56,7 @@ def test_times_are_the_records_times():
         assert end - 10 <= token < late
 
 
-@pytest.mark.parametrize("exchange", range(3))
+@pytest.mark.parametrize("exchange", range(len(EXCHANGES)))
 def test_paths_sum_up(exchange):
     trace = trace_of(traced(exchange))
     for step in trace.steps:
@@ -66,7 +67,7 @@ def test_paths_sum_up(exchange):
             assert a.end_us == pytest.approx(b.begin_us)
 
 
-@pytest.mark.parametrize("exchange", range(3))
+@pytest.mark.parametrize("exchange", range(len(EXCHANGES)))
 @pytest.mark.parametrize(
     ("rank", "block", "phase", "layer"), [(1, 2, Phase.O_PROJ, 1), (0, 3, Phase.DOWN_PROJ, 2), (1, 0, Phase.GATE_UP, 0)]
 )
@@ -79,6 +80,29 @@ def test_a_planted_delay_is_named(exchange, rank, block, phase, layer):
     if phase in (Phase.O_PROJ, Phase.DOWN_PROJ):
         late = {row["rank"]: row for row in numbers["exchanges"]}
         assert late[rank]["late_by_us"]["max"] > 30 > late[1 - rank]["late_by_us"]["max"]
+
+
+@pytest.mark.parametrize("exchange", range(len(EXCHANGES)))
+def test_words_are_seen_after_they_have_left(exchange):
+    numbers = report(trace_of(traced(exchange)))
+    assert numbers["hops"]["checked"] > 100 and numbers["hops"]["contradictions"] == 0
+
+
+def test_waits_belong_to_the_phase_that_waited():
+    """Of the own rank's words: attention, o_proj and down_proj; of all ranks': those after an exchange, and `sample`. Not `embed`."""
+    trace = trace_of(traced())
+    kinds = {
+        Phase.ATTENTION: "words",
+        Phase.O_PROJ: "words",
+        Phase.DOWN_PROJ: "words",
+        Phase.GATE_UP: "peers",
+        Phase.QKV: "peers",
+    }
+    kinds |= {Phase.LM_HEAD: "peers", Phase.SAMPLE: "peers"}
+    for phase in Phase:
+        mine = trace.spans[trace.spans["phase"] == phase]
+        waited = {name for name in ("words", "peers") if mine[name].any()}
+        assert waited == ({kinds[phase]} if phase in kinds else set()), phase
 
 
 def test_a_late_block_is_waited_for():
