@@ -5,14 +5,18 @@ The loop is timed inside the kernel, each exchange after the one before. Its res
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
+
+import numpy as np
 
 from imex_persist import abi, planner
 from imex_persist.bench.ranks import Ranks
 from imex_persist.errors import FaultError
 from imex_persist.runtime import capacity, exchange
 
+SOURCE = "exchange.cu"
 LOOPS = {"cuda": (200, 2000), "sim": (1, 4)}  # warm-up and timed iterations of a launch
 RUNS = {"cuda": 3, "sim": 1}
 
@@ -50,11 +54,19 @@ def measure(ranks: Ranks, sizes: list[int], hidden_size: int) -> list[dict]:
     check_sizes(sizes, hidden_size)
     small = [(size, [1]) for size in sizes if size <= hidden_size]
     large = [size // hidden_size for size in sizes if size > hidden_size]
-    out = []
-    for variant in VARIANTS:
-        for hidden, rows in [*small, *([(hidden_size, large)] if large else [])]:
-            out += _measure(ranks, variant, hidden, rows)
-    return out
+    todo = [
+        (variant, hidden, rows) for variant in VARIANTS for hidden, rows in [*small, *([(hidden_size, large)] if large else [])]
+    ]
+    ranks.build(SOURCE, _shapes(ranks, todo))
+    return [row for variant, hidden, rows in todo for row in _measure(ranks, variant, hidden, rows)]
+
+
+def _shapes(ranks: Ranks, todo: list[tuple[Variant, int, list[int]]]) -> list[np.void]:
+    found = []
+    for variant, hidden, rows in todo:
+        with suppress(ValueError):  # `_measure` says why
+            found.append(shape_for(ranks, variant, hidden, max(rows)))
+    return found
 
 
 def check_sizes(sizes: list[int], hidden_size: int) -> None:
@@ -85,7 +97,7 @@ def _measure(ranks: Ranks, variant: Variant, hidden: int, rows: list[int]) -> li
         shape = shape_for(ranks, variant, hidden, max(rows))
     except ValueError as error:
         return [name | {"why_not": str(error)} for name in names]
-    ranks.prepare("exchange.cu", shape)
+    ranks.prepare(SOURCE, shape)
     warmup, loops = LOOPS[ranks.placement.kind]
     epoch = 0
     for name in names:

@@ -47,11 +47,14 @@ class Ranks:
     def __exit__(self, *_exc) -> None:
         self.close()
 
+    def build(self, source: str, shapes: list[np.void]) -> None:
+        """Compiles kernels; `prepare` does it too, one at a time. One worker does, the others find them."""
+        self.step("build", {"source": source, "shapes": [capacity.to_fields(s) for s in shapes]}, self.workers[:1])
+
     def prepare(self, source: str, shape: np.void) -> None:
-        """Builds and loads a kernel, and maps every rank's memory into every other."""
-        message = {"source": source, "shape": capacity.to_fields(shape)}
-        replies = self.step("prepare", message, self.workers[:1])  # one compiles, the others find it
-        replies += self.step("prepare", message, self.workers[1:])
+        """Loads a kernel, and maps every rank's memory into every other."""
+        self.build(source, [shape])
+        replies = self.step("prepare", {"source": source, "shape": capacity.to_fields(shape)})
         handles = {rank: handle for reply in replies for rank, handle in reply["handles"].items()}
         self.step("connect", {"handles": handles})
 

@@ -21,7 +21,7 @@ from imex_persist.runtime import capacity
 from imex_persist.runtime.control import Channel, Closed
 from imex_persist.runtime.lifeline import exit_after, follow_parent
 from imex_persist.runtime.machines import SIM_BLOCKS, open_device
-from imex_persist.runtime.probe import Probe, fill
+from imex_persist.runtime.probe import Probe, fill, kernel_source
 from imex_persist.runtime.shared import SharedBlock
 
 END_S = 10.0  # for this process to free its memory and exit
@@ -47,6 +47,10 @@ class Worker:
         """Memory to read: `bytes` of arbitrary bits, or of words of epoch 1."""
         self.data = self.device.zeros(m["bytes"])
         fill(self.device, self.data, words=m["words"])
+        return {}
+
+    def build(self, m: dict) -> dict:
+        self.device.compile([capacity.from_fields(fields) for fields in m["shapes"]], kernel_source(m["source"]))
         return {}
 
     def prepare(self, m: dict) -> dict:
@@ -97,7 +101,7 @@ class Worker:
             close_peers()
         return {}
 
-    STEPS = ("open", "allocate", "prepare", "connect", "run", "result", "echo", "disconnect")
+    STEPS = ("open", "allocate", "build", "prepare", "connect", "run", "result", "echo", "disconnect")
 
 
 def _open(m: dict, ranks: list[int]) -> Device:

@@ -74,6 +74,10 @@ class Device(Protocol):
         """`nbytes` bytes as a uint8 array."""
         ...
 
+    def compile(self, shapes: list[np.void], source: Path) -> None:
+        """Puts the kernels of `source` for these shapes into the cache, where `load` finds them; all processors work on it."""
+        ...
+
     def load(self, shape: np.void, *, source: Path | None = None) -> Any:
         """The kernel for an abi.Shape: compiled, or found in the cache. `source` names another than decode.cu, with the same entry."""
         ...

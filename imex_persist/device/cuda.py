@@ -13,6 +13,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,10 @@ class CudaDevice:
             raise ValueError(f"bytes {offset} to {offset + nbytes} are outside a buffer of {buffer.nbytes} bytes")
 
     # -------------------------------------------------------------------------------------------- the kernel
+    def compile(self, shapes: list[np.void], source: Path) -> None:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC compiles without Python's lock
+            list(pool.map(lambda shape: nvrtc.compile_kernel(shape, self.arch, source), shapes))
+
     def load(self, shape: np.void, *, source: Path | None = None, entry: str = ENTRY) -> CudaKernel:
         """Compiled for this GPU, loaded and ready: after this a launch has nothing left to load. Tests name other sources."""
         self._idle("load a kernel")

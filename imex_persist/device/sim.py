@@ -263,6 +263,10 @@ class SimDevice:
         return out
 
     # ------------------------------------------------------------------------------------------ kernels
+    def compile(self, shapes: list[np.void], source: os.PathLike) -> None:
+        if shapes:  # one build serves them all
+            self.load(shapes[0], source=source)
+
     def load(self, shape: np.void, *, source: os.PathLike | None = None) -> SimKernel:
         """`source`: another kernel than the device's."""
         self.host_calls += 1

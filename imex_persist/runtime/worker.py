@@ -60,8 +60,7 @@ class Worker:
         return {"machine": fields, "identity": self.device.identity(), "free_bytes": free}
 
     def bench_build(self, m: dict) -> dict:
-        for fields in m["shapes"]:
-            self.device.load(capacity.from_fields(fields), source=kernel_source(m["source"]))
+        self.device.compile([capacity.from_fields(fields) for fields in m["shapes"]], kernel_source(m["source"]))
         return {}
 
     def bench_prepare(self, m: dict) -> dict:
