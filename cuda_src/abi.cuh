@@ -156,6 +156,7 @@ struct Shape {
   unsigned int bf16_partials;
   unsigned int down_slices;
   unsigned int max_splits;
+  unsigned int attention_rows;
   unsigned int page_size;
   unsigned int num_pages;
   unsigned int pages_per_slot;
@@ -192,7 +193,7 @@ struct Shape {
   unsigned int trace;
   unsigned int trace_every;
 };
-static_assert(sizeof(Shape) == 224);
+static_assert(sizeof(Shape) == 228);
 
 struct RankParams {
   unsigned long long qkv;

@@ -35,7 +35,8 @@ DEV int quad_of(const Block& b, int i) { return b.thread + i * kConsumerThreads;
 DEV bool is_quad(int quad, int quads) { return quads % kConsumerThreads == 0 || quad < quads; }
 DEV int held_quad(int quad, int quads) { return is_quad(quad, quads) ? quad : quads - 1; }  // threads without one read another's
 
-DEV void put_quad(Block& b, int row, int quad, u64 v) { *(u64*)(activations(b) + activation_offset(row, 4 * quad)) = v; }
+DEV u64* quad_at(const Block& b, int row, int quad) { return (u64*)(activations(b) + activation_offset(row, 4 * quad)); }
+DEV void put_quad(Block& b, int row, int quad, u64 v) { *quad_at(b, row, quad) = v; }
 
 // Hands this thread's quads of every row, bf16 in words `row_stride` a row, to put(row, quad, live, value).
 template <class Put>

@@ -186,6 +186,7 @@ Shape = _struct(
     ("bf16_partials", "u4"),  # 1: partial sums are rounded to bf16 before they are exchanged
     ("down_slices", "u4"),  # parts of down_proj's K; a block serves one
     ("max_splits", "u4"),
+    ("attention_rows", "u4"),  # rows of a sequence that attention takes together
     ("page_size", "u4"),  # positions of a KV page
     ("num_pages", "u4"),
     ("pages_per_slot", "u4"),

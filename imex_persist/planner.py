@@ -19,6 +19,7 @@ ONE_SHOT_WORDS = 8192  # words a block can read in one shot before a slice owner
 LONG_UNIT_TILES = 7  # a unit of down_proj that is longer should be cut (docs/performance.md)
 LATENCY_US = 1.1  # of a bulk copy from memory that others are using too
 USUAL_WINDOW = 3  # tiles in flight where the memory is not known
+QUERIES = 16  # of an item of attention: what the tensor core's operand holds (kMaxHeads in cuda_src/phases/attention.cuh)
 PARTIAL_GROUP = 128  # partial sums that lie together, halves of quads apart (part_index in cuda_src/exchange.cuh)
 MAX_OWN_TOKENS = 1 << 17  # tokens of a block are counted in 17 bits (kCountBits in cuda_src/search.cuh)
 H100_SMS = 132
@@ -216,23 +217,35 @@ def _place_shared_memory(
     owned = 16 * -(-(hidden // 16) // blocks)  # values of the residual that a slice owner keeps, at most
     replicated = rows if semaphore else int(s["one_shot_rows"])
     widest = max(hidden, heads * head_dim, int(s["intermediate_size"]) // slices)
-    group = min(heads // kv_heads, 16)
-    attention = (
-        head_dim * (2 * group + 4 * rows) + abi.CONSUMER_WARPS * group * (head_dim + 2) * 4
-    )  # q, k and v, the warps' results
-    offset = abi.SHARED_HEADER_BYTES
-    for field, size in (
-        ("smem_x", max(rows * widest * 2, attention, rows * abi.DRAW_ROW_BYTES)),
-        ("smem_part", abi.PART_SLOTS * abi.CONSUMER_WARPS * rows * abi.UNIT_ROWS * 4),
-        ("smem_residual", max(replicated * hidden, rows * owned) * 4),
-        ("smem_rope", rows * head_dim * 4),
-        ("smem_ring", 0),
-    ):
-        s[field] = offset
-        offset = round_up(offset + size, 128)
-    stages = max(0, min(machine.shared_memory_bytes - offset, machine.max_stages * abi.STAGE_BYTES)) // abi.STAGE_BYTES
-    s["ring_stages"] = min(stages, abi.MAX_STAGES)
-    s["smem_bytes"] = offset + int(s["ring_stages"]) * abi.STAGE_BYTES
+    group = min(heads // kv_heads, QUERIES)
+
+    def place(together: int) -> int:
+        """Offsets, if attention takes so many rows of a sequence together. Returns the stages that are left for the ring."""
+        s["attention_rows"] = together
+        offset = abi.SHARED_HEADER_BYTES
+        for field, size in (
+            ("smem_x", max(rows * widest * 2, rows * abi.DRAW_ROW_BYTES, _attention_bytes(head_dim, together * group, rows))),
+            ("smem_part", abi.PART_SLOTS * abi.CONSUMER_WARPS * rows * abi.UNIT_ROWS * 4),
+            ("smem_residual", max(replicated * hidden, rows * owned) * 4),
+            ("smem_rope", rows * head_dim * 4),
+            ("smem_ring", 0),
+        ):
+            s[field] = offset
+            offset = round_up(offset + size, 128)
+        stages = max(0, min(machine.shared_memory_bytes - offset, machine.max_stages * abi.STAGE_BYTES)) // abi.STAGE_BYTES
+        s["ring_stages"] = min(stages, abi.MAX_STAGES)
+        s["smem_bytes"] = offset + int(s["ring_stages"]) * abi.STAGE_BYTES
+        return int(s["ring_stages"])
+
+    fewest = place(1)
+    for together in range(min(rows, QUERIES // group), 0, -1):  # as many as cost no stage
+        if place(together) == fewest:
+            break
+
+
+def _attention_bytes(head_dim: int, queries: int, rows: int) -> int:
+    """Of what attention keeps in place of the activations: q, the step's k and v, the warps' results."""
+    return head_dim * (2 * queries + 4 * rows) + abi.CONSUMER_WARPS * queries * (head_dim + 2) * 4
 
 
 def _place_symmetric_memory(s) -> None:

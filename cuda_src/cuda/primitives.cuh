@@ -161,6 +161,14 @@ DEV bool consumer_any(bool mine) {  // a barrier, and whether any consumer said 
 DEV void warp_sync() { __syncwarp(); }
 DEV bool warp_any(bool v) { return __any_sync(~0u, v); }  // also brings the lanes together
 DEV u32 shuffle(u32 v, int lane) { return __shfl_sync(~0u, v, lane); }
+DEV float lanes_sum(float v, int lanes) {  // over groups of so many neighbouring lanes, a power of two; all lanes call it
+  for (int o = lanes / 2; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+  return v;
+}
+DEV float lanes_max(float v, int lanes) {
+  for (int o = lanes / 2; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, o));
+  return v;
+}
 DEV float warp_sum(float v) {
   UNROLL for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
   return v;

@@ -116,9 +116,9 @@ DEV void accum_store(const Accum& acc, float* part, int rows) {
   }
 }
 
-// One warp's running softmax over the chunks it has seen, for up to 16 query heads of one KV head: maximum, sum, weighted values.
+// One warp's running softmax over the chunks it has seen, for up to 16 queries of one KV head: maximum, sum, weighted values.
 struct Flash {
-  float max[2], sum[2];      // heads lane / 4 and lane / 4 + 8; `sum` holds this lane's positions only
+  float max[2], sum[2];      // queries lane / 4 and lane / 4 + 8; `sum` holds this lane's positions only
   float out[kMaxHeadDim / 8][4];
 };
 DEV void flash_zero(Flash& f) {
@@ -126,17 +126,18 @@ DEV void flash_zero(Flash& f) {
   f.sum[0] = f.sum[1] = 0.f;
   UNROLL for (int i = 0; i < kMaxHeadDim / 8; i++) UNROLL for (int j = 0; j < 4; j++) f.out[i][j] = 0.f;
 }
-// Attends to the first `valid` of a chunk's 32 positions. q: bf16 [head_dim / 32, heads, 32] in shared memory; chunk: K then V
+// Attends to a chunk's 32 positions: query i, of row i / heads, to the first `valid` + i / heads. q: bf16 [head_dim / 32, queries, 32] in
+// shared memory; chunk: K then V
 // in the order of packing.py: lane (n, quarter) finds 8 consecutive dims of a K row, or 8 consecutive positions of a V dim, in one
 // 16-byte load, and the scores of its four K units are exactly the operand it needs for V: no shared memory in between.
-DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int heads, int valid, float scale) {
+DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, int heads, int valid, float scale) {
   constexpr int kDim = shape().head_dim;
-  const int lane = lane_index(), quarter = lane % 4, low_head = min(lane / 4, heads - 1), high_head = min(lane / 4 + 8, heads - 1);
+  const int lane = lane_index(), quarter = lane % 4, mine[2] = {min(lane / 4, queries - 1), min(lane / 4 + 8, queries - 1)};
   float s[4][4];
   UNROLL for (int u = 0; u < 4; u++) UNROLL for (int j = 0; j < 4; j++) s[u][j] = 0.f;
   UNROLL for (int c = 0; c < kDim / 32; c++) {
-    const uint4 low = ((const uint4*)q)[(c * heads + low_head) * 4 + quarter];  // a head beyond the last is computed and not stored
-    const uint4 high = ((const uint4*)q)[(c * heads + high_head) * 4 + quarter];
+    const uint4 low = ((const uint4*)q)[(c * queries + mine[0]) * 4 + quarter];  // one beyond the last is computed and not stored
+    const uint4 high = ((const uint4*)q)[(c * queries + mine[1]) * 4 + quarter];
     UNROLL for (int u = 0; u < 4; u++) {
       const uint4 b = ((const uint4*)chunk)[(u * (kDim / 32) + c) * 32 + lane];
       mma_bf16(s[u], low.x, high.x, low.y, high.y, b.x, b.y);
@@ -146,9 +147,10 @@ DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int heads, int 
   u32 p[2][4];
   UNROLL for (int h = 0; h < 2; h++) {
     float m = f.max[h];
+    const int seen = valid + mine[h] / heads;
     UNROLL for (int u = 0; u < 4; u++) UNROLL for (int j = 0; j < 2; j++) {
       float& v = s[u][2 * h + j];  // position 8 * quarter + 2 * u + j
-      v = 8 * quarter + 2 * u + j < valid ? v * scale : kMinusInfinity;
+      v = 8 * quarter + 2 * u + j < seen ? v * scale : kMinusInfinity;
       m = fmaxf(m, v);
     }
     m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
@@ -174,17 +176,17 @@ DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int heads, int 
     mma_bf16(f.out[i], p[0][2], p[1][2], p[0][3], p[1][3], b.z, b.w);
   }
 }
-// merge: float [heads, head_dim + 2] of this warp in shared memory: values, then maximum and sum.
-DEV void flash_store(const Flash& f, float* merge, int heads) {
+// merge: float [queries, head_dim + 2] of this warp in shared memory: values, then maximum and sum.
+DEV void flash_store(const Flash& f, float* merge, int queries) {
   constexpr int kDim = shape().head_dim;
   const int lane = lane_index(), row = lane / 4, quarter = lane % 4;
   UNROLL for (int h = 0; h < 2; h++) {
     float sum = f.sum[h];
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    const int head = row + 8 * h;
-    if (head >= heads) continue;
-    float* to = merge + head * (kDim + 2);
+    const int query = row + 8 * h;
+    if (query >= queries) continue;
+    float* to = merge + query * (kDim + 2);
     UNROLL for (int i = 0; i < kDim / 8; i++) *(float2*)(to + 8 * i + 2 * quarter) = make_float2(f.out[i][2 * h], f.out[i][2 * h + 1]);
     if (quarter == 0) *(float2*)(to + kDim) = make_float2(f.max[h], sum);
   }

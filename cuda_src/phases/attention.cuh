@@ -1,7 +1,10 @@
-// attention: q, KV pages -> head outputs. Work is dealt in items: (row, KV head, run of pages). Pages come through the ring; within a
+// attention: q, KV pages -> head outputs. Work is dealt in items: (rows, KV head, run of pages). Pages come through the ring; within a
 // block each warp attends to whole chunks of 32 positions on its own, and the block merges once. A context longer than one run is
 // merged again across blocks, by whoever owns the output. How a context is cut depends on the row's position alone, so its bits do
 // not depend on what else is in the step.
+//
+// Rows of a prompt see the same pages. Neighbours whose last position is in the same chunk are one item, as many as the tensor core's
+// operand has room for: each sees every chunk of the run, and of the last one its own positions only.
 #pragma once
 #include "../kv.cuh"
 #include "../stream.cuh"
@@ -10,15 +13,18 @@
 
 namespace imex {
 
-constexpr int kMaxHeads = 16;       // query heads of one item: the tensor core's m = 16 operand
+constexpr int kMaxHeads = 16;       // queries of one item: the tensor core's m = 16 operand
 constexpr int kSoloChunks = 8;      // contexts up to here are one run: one chunk a warp, and no second merge
 constexpr int kMinSplitChunks = 4;  // longer ones are cut into runs of at least so many chunks
 
 struct Item {
-  int row, kv_head, first_head, heads;  // query heads first_head .. + heads, all of this KV head
+  int row, rows;                   // neighbours
+  int kv_head, first_head, heads;  // query heads first_head .. + heads of each row, all of this KV head
+  int queries;                     // rows * heads: the heads of one row after another
+  int position;                    // of the last row
   int split, splits;
   int first_page, end_page;
-  int in_step;  // positions up to the row's own that come with this step; 0 if they are not in this run
+  int in_step;  // positions up to the last row's that come with this step; 0 if they are not in this run
 };
 
 DEV int group_size() { return shape().num_heads / shape().num_kv_heads; }
@@ -30,10 +36,20 @@ DEV int pages_per_split(u32 position) {
 }
 DEV int num_splits(u32 position) { return divide_up(position / shape().page_size + 1, pages_per_split(position)); }
 
+// How many rows from `row` on share an item: their contexts are cut alike, since their last positions are in one page.
+DEV int rows_together(const Block& b, int row) {
+  const Row* first = b.shared->rows + row;
+  int count = 1;
+  while (count < (int)shape().attention_rows && row + count < num_rows(b) && first[count].first_row == first->first_row &&
+         first[count].position / kChunk == first->position / kChunk)
+    count++;
+  return count;
+}
 // Item number `index` of the step; false when there is none.
 DEV bool find_item(const Block& b, int index, Item& item) {
   const int groups = shape().num_kv_heads * head_blocks();
-  ROLLED for (int row = 0; row < num_rows(b); row++) {
+  ROLLED for (int row = 0; row < num_rows(b); row += item.rows) {
+    item.rows = rows_together(b, row);
     const u32 position = b.shared->rows[row].position;
     const int splits = num_splits(position), items = groups * splits;
     if (index >= items) {
@@ -45,12 +61,14 @@ DEV bool find_item(const Block& b, int index, Item& item) {
     item.kv_head = group / head_blocks();
     item.first_head = item.kv_head * group_size() + part * kMaxHeads;
     item.heads = smaller(kMaxHeads, group_size() - part * kMaxHeads);
+    item.queries = item.rows * item.heads;
+    item.position = position + item.rows - 1;
     item.split = index % splits;
     item.splits = splits;
     item.first_page = item.split * per;
     item.end_page = smaller(item.first_page + per, position / shape().page_size + 1);
     const u32 step_first = b.shared->rows[b.shared->rows[row].first_row].position;
-    item.in_step = item.end_page * shape().page_size > step_first ? position + 1 - step_first : 0;
+    item.in_step = item.end_page * shape().page_size > step_first ? item.position + 1 - step_first : 0;
     return true;
   }
   return false;
@@ -67,32 +85,33 @@ DEV void stream_pages(Block& b, Producer& p) {
       push_tile(b, p, kUnitPage, page_at(b, b.waiter.layer, find_page(b, item.row, number), item.kv_head), page_bytes());
 }
 
-// Where the block keeps an item, in place of the activations: bf16 q [head_dim / 32, heads, 32]; bf16 k and v [in_step, 2, head_dim]
-// of the positions this step brings; float [CONSUMER_WARPS, heads, head_dim + 2] of what the warps merge.
+// Where the block keeps an item, in place of the activations: bf16 q [head_dim / 32, queries, 32]; bf16 k and v [in_step, 2, head_dim]
+// of the positions this step brings; float [CONSUMER_WARPS, queries, head_dim + 2] of what the warps merge.
 DEV char* item_query(const Block& b) { return activations(b); }
-DEV char* item_fresh(const Block& b, const Item& item) { return item_query(b) + item.heads * (int)shape().head_dim * 2; }
+DEV char* item_fresh(const Block& b, const Item& item) { return item_query(b) + item.queries * (int)shape().head_dim * 2; }
 DEV float* item_merge(const Block& b, const Item& item, int warp) {
   const int dim = shape().head_dim;
-  return (float*)(item_fresh(b, item) + item.in_step * dim * 4) + warp * item.heads * (dim + 2);
+  return (float*)(item_fresh(b, item) + item.in_step * dim * 4) + warp * item.queries * (dim + 2);
 }
 
 // All consumers fetch the item's q and the step's k and v, in one round trip.
 DEV void gather_item(Block& b, const Item& item, u32 epoch) {
-  const int quads = shape().head_dim / 4, query = item.heads * quads, total = query + item.in_step * 2 * quads;
+  const int quads = shape().head_dim / 4, of_row = item.heads * quads, query = item.rows * of_row;
+  const int total = query + item.in_step * 2 * quads;
   gather<2>(
       b, epoch, divide_up(total, kConsumerThreads),
       [&](int i) {
         const int at = smaller(b.thread + i * kConsumerThreads, total - 1), fresh = at - query;
-        const u64* q = own_words(b, shape().off_qkv + item.row * qkv_width() + item.first_head * (2 * quads));
-        if (fresh < 0) return q + 2 * at;
+        const u64* q = own_words(b, shape().off_qkv + (item.row + at / of_row) * qkv_width() + item.first_head * (2 * quads));
+        if (fresh < 0) return q + 2 * (at % of_row);
         const int row = b.shared->rows[item.row].first_row + fresh / (2 * quads);
         return (fresh / quads % 2 ? value_words(b, row, item.kv_head) : key_words(b, row, item.kv_head)) + 2 * (fresh % quads);
       },
       [&](int) { return b.params->rank; },
       [&](int i, u32 first, u32 second) {
-        const int at = b.thread + i * kConsumerThreads, head = at / quads, d = at % quads * 4;
+        const int at = b.thread + i * kConsumerThreads, of = at / quads, d = at % quads * 4;
         if (at >= total) return;
-        char* to = at < query ? item_query(b) + ((d / 32 * item.heads + head) * 32 + d % 32) * 2 : item_fresh(b, item) + (at - query) * 8;
+        char* to = at < query ? item_query(b) + ((d / 32 * item.queries + of) * 32 + d % 32) * 2 : item_fresh(b, item) + (at - query) * 8;
         *(u64*)to = (u64)second << 32 | first;
       });
 }
@@ -106,7 +125,7 @@ DEV void clear_tail(Block& b, char* chunk, int valid) {
 }
 // One warp completes a chunk in the ring: k and v of this step's positions are not in the page yet.
 DEV void complete_chunk(Block& b, const Item& item, char* chunk, int first_position, int valid) {
-  const int dim = shape().head_dim, step_first = b.shared->rows[item.row].position + 1 - item.in_step;
+  const int dim = shape().head_dim, step_first = item.position + 1 - item.in_step;
   for (int p = step_first > first_position ? step_first - first_position : 0; p < valid; p++) {
     const char* fresh = item_fresh(b, item) + (first_position + p - step_first) * dim * 4;
     for (int d = 2 * b.lane; d < dim; d += 2 * LANES) {
@@ -119,13 +138,21 @@ DEV void complete_chunk(Block& b, const Item& item, char* chunk, int first_posit
   warp_sync();
 }
 
-DEV u32 split_words(const Item& item, int head, int split) {
-  return shape().off_split + ((item.row * shape().num_heads + head) * shape().max_splits + split) * (shape().head_dim + 2);
+DEV u32 split_words(int row, int head, int split) {
+  return shape().off_split + ((row * shape().num_heads + head) * shape().max_splits + split) * (shape().head_dim + 2);
+}
+
+// Outputs d and d + 1 of a row's head.
+DEV void put_output(Block& b, int row, int head, int d, float2 v, u32 epoch) {
+  const u32 width = shape().num_heads * shape().head_dim, n = head * shape().head_dim + d;
+  store_word(own_words(b, shape().off_attn + (row * width + n) / 2), pack_bf16(v.x, v.y), epoch);
+  tap(b, Phase::kAttention, row, n, v.x);
+  tap(b, Phase::kAttention, row, n + 1, v.y);
 }
 
 DEV bool attend(Block& b, const Item& item, u32 epoch) {
-  const int dim = shape().head_dim, pairs = item.heads * dim / 2;
-  const int position = b.shared->rows[item.row].position, page_chunks = shape().page_size / kChunk, last_chunk = position / kChunk;
+  const int dim = shape().head_dim, pairs = item.queries * dim / 2, position = item.position;
+  const int page_chunks = shape().page_size / kChunk, last_chunk = position / kChunk;
   consumer_sync();  // the activations have been read: the item takes their place
   mark(b, Mark::kMet);
   // Pages are here before q is, and what can be done to them is done while q is on its way. A run of at most a chunk a warp that fits the
@@ -159,35 +186,33 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
     const int number = item.end_page - 1 - chunk / page_chunks;  // of its page, in the ring's order
     ROLLED while (!whole && here && passed < number) leave_page();
     if (!here) break;
-    const int first = chunk * kChunk, valid = smaller(kChunk, position + 1 - first);
+    const int first = chunk * kChunk;
     char* at = ring_stage(b, ahead(b.ring, number - passed).stage) + chunk % page_chunks * chunk_bytes();
     const bool completes = item.in_step && first + kChunk > position + 1 - item.in_step;
-    if (completes) complete_chunk(b, item, at, first, valid);
-    flash_chunk(flash, item_query(b), at, item.heads, valid, shape().attn_scale);
+    if (completes) complete_chunk(b, item, at, first, smaller(kChunk, position + 1 - first));
+    flash_chunk(flash, item_query(b), at, item.queries, item.heads, position + 2 - item.rows - first, shape().attn_scale);
     if (completes) fence_async_shared();  // this warp's plain writes to the stage, before a later bulk copy into it
   }
   ROLLED while (here && passed < run_pages) leave_page();
-  flash_store(flash, item_merge(b, item, b.warp), item.heads);
+  flash_store(flash, item_merge(b, item, b.warp), item.queries);
   consumer_sync();
   for (int i = b.thread; i < pairs && !b.waiter.failed; i += kConsumerThreads) {
-    const int head = i / (dim / 2), d = i % (dim / 2) * 2;
+    const int query = i / (dim / 2), d = i % (dim / 2) * 2, row = item.row + query / item.heads,
+              head = item.first_head + query % item.heads;
     float top = kMinusInfinity, sum = 0.f;
     float2 v = {0.f, 0.f};
-    UNROLL for (int w = 0; w < kConsumerWarps; w++) top = fmaxf(top, item_merge(b, item, w)[head * (dim + 2) + dim]);
+    UNROLL for (int w = 0; w < kConsumerWarps; w++) top = fmaxf(top, item_merge(b, item, w)[query * (dim + 2) + dim]);
     UNROLL for (int w = 0; w < kConsumerWarps; w++) {
-      const float* of = item_merge(b, item, w) + head * (dim + 2);
+      const float* of = item_merge(b, item, w) + query * (dim + 2);
       const float weight = fast_exp(of[dim] - top);
       v.x += weight * of[d];
       v.y += weight * of[d + 1];
       sum += weight * of[dim + 1];
     }
     if (item.splits == 1) {
-      const u32 at = item.row * shape().num_heads * dim + (item.first_head + head) * dim + d;
-      store_word(own_words(b, shape().off_attn + at / 2), pack_bf16(v.x / sum, v.y / sum), epoch);
-      tap(b, Phase::kAttention, item.row, (item.first_head + head) * dim + d, v.x / sum);
-      tap(b, Phase::kAttention, item.row, (item.first_head + head) * dim + d + 1, v.y / sum);
+      put_output(b, row, head, d, {v.x / sum, v.y / sum}, epoch);
     } else {
-      u64* to = own_words(b, split_words(item, item.first_head + head, item.split));
+      u64* to = own_words(b, split_words(row, head, item.split));
       store_words(to + d, float_bits(v.x), float_bits(v.y), epoch);
       if (d == 0) store_words(to + dim, float_bits(top), float_bits(sum), epoch);
     }
@@ -195,48 +220,50 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
   return true;
 }
 
-// Merges the runs of long contexts: a warp takes a pair of outputs, a lane a run. Spread over all blocks, in one hop.
+// Merges the runs of long contexts: a lane takes a run of a pair of outputs, so a warp merges as many pairs as it has lanes for. All rows'
+// pairs are dealt to the warps of all blocks, and all is done in one hop.
 DEV void merge_splits(Block& b, u32 epoch) {
   constexpr int kPerLane = kMaxSplits / LANES;
-  const int dim = shape().head_dim, pairs = shape().num_heads * dim / 2, stride = shape().num_blocks * kConsumerWarps;
-  for (int row = 0; row < num_rows(b); row++) {
+  const int dim = shape().head_dim, pairs = shape().num_heads * dim / 2;
+  int turn = b.index + shape().num_blocks * b.warp, row = 0;  // of the warp, among the row's
+  ROLLED while (row < num_rows(b)) {
     const int splits = num_splits(b.shared->rows[row].position);
-    if (splits == 1) continue;
-    for (int pair = b.index + shape().num_blocks * b.warp; pair < pairs; pair += stride) {
-      Item item;
-      item.row = row;
-      const int head = pair / (dim / 2), d = pair % (dim / 2) * 2;
-      float top = kMinusInfinity, sum = 0.f;
-      float2 part[kPerLane], scale[kPerLane], v = {0.f, 0.f};
-      UNROLL for (int j = 0; j < kPerLane; j++) {
-        const int split = smaller(b.lane + j * LANES, splits - 1);
-        const u64* from = own_words(b, split_words(item, head, split));
-        u32 words[2][2];
-        wait_words<2>(
-            b.waiter, Wait::kWords, false, epoch, 2, [&](int i) { return from + (i ? dim : d); },
-            [&](int) { return b.params->rank; }, words);
-        const bool mine = b.lane + j * LANES < splits;
-        part[j] = make_float2(bits_float(words[0][0]), bits_float(words[0][1]));
-        scale[j] = make_float2(mine ? bits_float(words[1][0]) : kMinusInfinity, mine ? bits_float(words[1][1]) : 0.f);
-        top = fmaxf(top, scale[j].x);
-      }
-      top = warp_max(top);
-      UNROLL for (int j = 0; j < kPerLane; j++) {
-        const float weight = scale[j].y > 0.f ? fast_exp(scale[j].x - top) : 0.f;
-        v.x += weight * part[j].x;
-        v.y += weight * part[j].y;
-        sum += weight * scale[j].y;
-      }
-      v.x = warp_sum(v.x);
-      v.y = warp_sum(v.y);
-      sum = warp_sum(sum);
-      if (b.lane == 0 && !b.waiter.failed) {
-        const u32 at = row * shape().num_heads * dim + head * dim + d;
-        store_word(own_words(b, shape().off_attn + at / 2), pack_bf16(v.x / sum, v.y / sum), epoch);
-        tap(b, Phase::kAttention, row, head * dim + d, v.x / sum);
-        tap(b, Phase::kAttention, row, head * dim + d + 1, v.y / sum);
-      }
+    int lanes = 1;  // of a pair
+    while (lanes < splits && lanes < LANES) lanes *= 2;
+    const int at_once = LANES / lanes, turns = splits > 1 ? divide_up(pairs, at_once) : 0;
+    if (turn >= turns) {
+      turn -= turns, row++;
+      continue;
     }
+    const int mine = turn * at_once + b.lane / lanes, pair = smaller(mine, pairs - 1), head = pair / (dim / 2), d = pair % (dim / 2) * 2;
+    float top = kMinusInfinity, sum = 0.f;
+    float2 part[kPerLane], scale[kPerLane], v = {0.f, 0.f};
+    UNROLL for (int j = 0; j < kPerLane; j++) {
+      part[j] = {0.f, 0.f}, scale[j] = {kMinusInfinity, 0.f};
+      const int split = b.lane % lanes + j * lanes;
+      if (j * lanes >= splits) continue;
+      const u64* from = own_words(b, split_words(row, head, smaller(split, splits - 1)));
+      u32 words[2][2];
+      wait_words<2>(
+          b.waiter, Wait::kWords, false, epoch, 2, [&](int i) { return from + (i ? dim : d); }, [&](int) { return b.params->rank; },
+          words);
+      if (split >= splits) continue;
+      part[j] = {bits_float(words[0][0]), bits_float(words[0][1])};
+      scale[j] = {bits_float(words[1][0]), bits_float(words[1][1])};
+      top = fmaxf(top, scale[j].x);
+    }
+    top = lanes_max(top, lanes);
+    UNROLL for (int j = 0; j < kPerLane; j++) {
+      const float weight = scale[j].y > 0.f ? fast_exp(scale[j].x - top) : 0.f;
+      v.x += weight * part[j].x;
+      v.y += weight * part[j].y;
+      sum += weight * scale[j].y;
+    }
+    v.x = lanes_sum(v.x, lanes);
+    v.y = lanes_sum(v.y, lanes);
+    sum = lanes_sum(sum, lanes);
+    if (b.lane % lanes == 0 && mine < pairs && !b.waiter.failed) put_output(b, row, head, d, {v.x / sum, v.y / sum}, epoch);
+    turn += shape().num_blocks * kConsumerWarps;
   }
 }
 

@@ -298,18 +298,29 @@ DEV u32 shuffle(u32 v, int lane) {
   });
   return part.result;
 }
-// A butterfly over the lanes, in the order of a GPU's shuffles: offsets 16, 8, 4, 2, 1.
+// A butterfly over groups of neighbouring lanes, in the order of a GPU's shuffles: offsets 16, 8, 4, 2, 1.
 template <class T, class Combine>
-DEV T warp_reduce(T v, Combine combine) {
+DEV T lanes_reduce(T v, int lanes, Combine combine) {
   if (LANES == 1) return v;
   sim::collective(&v, [&](void** lane) {
     T all[LANES];
     for (int i = 0; i < LANES; i++) all[i] = *(T*)lane[i];
-    for (int o = LANES / 2; o; o >>= 1)
-      for (int i = 0; i < o; i++) all[i] = combine(all[i], all[i + o]);
-    for (int i = 0; i < LANES; i++) *(T*)lane[i] = all[0];
+    for (int o = lanes / 2; o; o >>= 1)
+      for (int i = 0; i < LANES; i++)
+        if (i % lanes < o) all[i] = combine(all[i], all[i + o]);
+    for (int i = 0; i < LANES; i++) *(T*)lane[i] = all[i / lanes * lanes];
   });
   return v;
+}
+template <class T, class Combine>
+DEV T warp_reduce(T v, Combine combine) {
+  return lanes_reduce(v, LANES, combine);
+}
+DEV float lanes_sum(float v, int lanes) {
+  return lanes_reduce(v, lanes, [](float a, float b) { return a + b; });
+}
+DEV float lanes_max(float v, int lanes) {
+  return lanes_reduce(v, lanes, [](float a, float b) { return fmaxf(a, b); });
 }
 DEV float warp_sum(float v) {
   return warp_reduce(v, [](float a, float b) { return a + b; });

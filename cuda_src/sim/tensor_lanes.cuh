@@ -53,28 +53,29 @@ DEV void flash_zero(Flash& f) {
   for (float& v : f.sum) v = 0.f;
   memset(f.out, 0, sizeof f.out);
 }
-// q: bf16 [head_dim / 32, heads, 32]; chunk: 32 positions, K then V in the order of packing.py.
-DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int heads, int valid, float scale) {
+// As on a GPU. q: bf16 [head_dim / 32, queries, 32]; chunk: 32 positions, K then V in the order of packing.py.
+DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, int heads, int valid, float scale) {
   const int dim = (int)shape().head_dim, segments = dim / 32, p = lane_index();
   struct Part {
     float score[kMaxRows];
     Flash* flash;
-    const float* met;  // [heads, 32] weights of the positions, then [heads] what is kept of earlier sums
+    const float* met;  // [queries, 32] weights of the positions, then [queries] what is kept of earlier sums
   } part{};
   part.flash = &f;
-  for (int h = 0; h < heads; h++) part.score[h] = kMinusInfinity;
+  for (int h = 0; h < queries; h++) part.score[h] = kMinusInfinity;
   const int unit = p % 8 / 2, n = p / 8 * 2 + p % 2;  // where packing.py puts position p of K
-  for (int h = 0; h < heads && p < valid; h++) {
+  for (int h = 0; h < queries; h++) {
+    if (p >= valid + h / heads) continue;
     float dot = 0.f;
     for (int s = 0; s < segments; s++)
       for (int i = 0; i < 32; i++)
-        dot += bf16_at(q, (s * heads + h) * 32 + i) * bf16_at(chunk, ((unit * segments + s) * 8 + n) * 32 + i);
+        dot += bf16_at(q, (s * queries + h) * 32 + i) * bf16_at(chunk, ((unit * segments + s) * 8 + n) * 32 + i);
     part.score[h] = dot * scale;
   }
   sim::Warp* warp = sim::machine.current->warp;
   sim::collective(&part, [&](void** lane) {
     float* met = warp->scratch[warp->turn];  // its last readers have met since, in the collective that used the other half
-    for (int h = 0; h < heads; h++) {
+    for (int h = 0; h < queries; h++) {
       float m = f.max[h], sum = 0.f;
       for (int i = 0; i < LANES; i++) {
         const float s = ((Part*)lane[i])->score[h];
@@ -93,16 +94,16 @@ DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int heads, int 
   });
   const char* values = chunk + 64 * dim;
   for (int s = 0; s < segments; s++)
-    for (int h = 0; h < heads; h++) {
+    for (int h = 0; h < queries; h++) {
       float sum = 0.f;
       for (int i = 0; i < kChunk; i++) sum += part.met[h * kChunk + i] * bf16_at(values, (s * 32 + p) * 32 + i);
       f.out[h][s] = f.out[h][s] * part.met[kMaxRows * kChunk + h] + sum;
     }
 }
-// merge: float [heads, head_dim + 2] of this warp in shared memory: values, then maximum and sum.
-DEV void flash_store(const Flash& f, float* merge, int heads) {
+// merge: float [queries, head_dim + 2] of this warp in shared memory: values, then maximum and sum.
+DEV void flash_store(const Flash& f, float* merge, int queries) {
   const int dim = (int)shape().head_dim, lane = lane_index();
-  for (int h = 0; h < heads; h++) {
+  for (int h = 0; h < queries; h++) {
     float* to = merge + h * (dim + 2);
     for (int s = 0; s < dim / 32; s++) to[s * 32 + lane] = f.out[h][s];
     if (lane == 0) to[dim] = f.max[h], to[dim + 1] = f.sum[h];

@@ -124,18 +124,19 @@ DEV void flash_zero(Flash& f) {
   for (int h = 0; h < kMaxRows; h++) f.max[h] = kMinusInfinity, f.sum[h] = 0.f;
   memset(f.out, 0, sizeof f.out);
 }
-// q: bf16 [head_dim / 32, heads, 32]; chunk: 32 positions, K then V in the order of packing.py.
-DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int heads, int valid, float scale) {
+// As on a GPU. q: bf16 [head_dim / 32, queries, 32]; chunk: 32 positions, K then V in the order of packing.py.
+DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, int heads, int valid, float scale) {
   const int dim = (int)shape().head_dim, segments = dim / 32;
+  const auto seen = [&](int query) { return std::min(kChunk, valid + query / heads); };
   float score[kMaxRows][kChunk];
-  for (int p = 0; p < valid; p++) {
+  for (int p = 0; p < seen(queries - 1); p++) {
     const int unit = p % 8 / 2, n = p / 8 * 2 + p % 2;  // where packing.py puts position p of K
     Wide k[kMaxHeadDim / 32];
     for (int s = 0; s < segments; s++) k[s] = widen(chunk + ((size_t)(unit * segments + s) * 8 + n) * 64);
-    for (int h = 0; h < heads; h++) {
+    for (int h = 0; h < queries; h++) {
       f32x16 dot{};
       for (int s = 0; s < segments; s++) {
-        const Wide a = widen(q + (size_t)(s * heads + h) * 64);
+        const Wide a = widen(q + (size_t)(s * queries + h) * 64);
         dot = k[s].even * a.even + dot;
         dot = k[s].odd * a.odd + dot;
       }
@@ -143,9 +144,9 @@ DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int heads, int 
     }
   }
   Wide weight[kMaxRows];  // what the softmax gives each position, rounded to bf16 like the GPU's operand
-  for (int h = 0; h < heads; h++) {
+  for (int h = 0; h < queries; h++) {
     float m = f.max[h], sum = 0.f, even[16], odd[16];
-    for (int p = valid; p < kChunk; p++) score[h][p] = kMinusInfinity;
+    for (int p = seen(h); p < kChunk; p++) score[h][p] = kMinusInfinity;
     for (int p = 0; p < kChunk; p++) m = score[h][p] > m || score[h][p] != score[h][p] ? score[h][p] : m;
     for (int p = 0; p < kChunk; p++) score[h][p] = fast_exp(score[h][p] - m);
     for (int p = 0; p < kChunk; p++) sum += score[h][p];
@@ -160,13 +161,13 @@ DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int heads, int 
   const char* values = chunk + 64 * dim;
   for (int d = 0; d < dim; d++) {
     const Wide v = widen(values + d * 64);
-    for (int h = 0; h < heads; h++) f.out[h][d] += sum16(v.odd * weight[h].odd + v.even * weight[h].even);
+    for (int h = 0; h < queries; h++) f.out[h][d] += sum16(v.odd * weight[h].odd + v.even * weight[h].even);
   }
 }
-// merge: float [heads, head_dim + 2] of this warp in shared memory: values, then maximum and sum.
-DEV void flash_store(const Flash& f, float* merge, int heads) {
+// merge: float [queries, head_dim + 2] of this warp in shared memory: values, then maximum and sum.
+DEV void flash_store(const Flash& f, float* merge, int queries) {
   const int dim = (int)shape().head_dim;
-  for (int h = 0; h < heads; h++) {
+  for (int h = 0; h < queries; h++) {
     float* to = merge + h * (dim + 2);
     for (int d = 0; d < dim; d++) to[d] = f.out[h][d];
     to[dim] = f.max[h], to[dim + 1] = f.sum[h];
