@@ -25,8 +25,7 @@ DEV void add_units(Block& b, int adder) {
     b.waiter.phase = note.phase;
     b.waiter.layer = note.layer;
     b.step = note.step;
-    if (begins && note.phase != Phase::kOProj && note.phase != Phase::kDownProj)
-      put_row_scales(b, adder, note.phase, num_rows(b));
+    if (begins && note.phase != Phase::kOProj && note.phase != Phase::kDownProj) put_row_scales(b, adder, num_rows(b));
     switch (note.phase) {
       case Phase::kQkv: emit_qkv(b, note.unit, slot); break;
       case Phase::kOProj: emit_partial(b, o_exchange(), 0, note.unit, slot); break;

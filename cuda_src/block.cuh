@@ -47,9 +47,9 @@ struct Shared {
   u32 num_drawn, num_searching, num_rounds;          // sampling.cuh, search.cuh
   u32 drawing[kMaxRows], drawn[kMaxRows], searching[kMaxRows];
   Row rows[kMaxRows];
-  u32 tokens[2][kMaxRows];                       // by step parity: what the step sampled
-  float norm_sums[2][kMaxRows][kConsumerWarps];  // sums of squares, see norm.cuh
-  float row_scales[kAdderWarps][kMaxRows];       // each adder's own
+  u32 tokens[2][kMaxRows];                    // by step parity: what the step sampled
+  float norm_sums[kMaxRows][kConsumerWarps];  // sums of squares, see norm.cuh
+  float row_scales[kAdderWarps][kMaxRows];    // each adder's own
   u64 best[kMaxRows][kConsumerWarps];
   u64 candidates[kAdderWarps][kMaxRows * (kUnitRows / 2)];
   alignas(16) char mailbox[kSharedMailboxBytes];  // struct MailboxState of rank 0's block 0

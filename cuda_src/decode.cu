@@ -30,9 +30,9 @@ DEV bool prepare(Block& b, bool multiplies) {
     well = gather_activations(b, epoch, own_words(b, shape().off_gate + slice_of(b) * width), shape().intermediate_size / 2,
                               width);
   } else if (phase == Phase::kGateUp) {
-    well = receive(b, o_exchange(), epoch, phase, true);
+    well = receive(b, o_exchange(), epoch, true);
   } else if (b.waiter.layer > 0) {  // layer 0 starts from what `embed` left
-    well = receive(b, down_exchange(), epoch - 1, phase, multiplies);
+    well = receive(b, down_exchange(), epoch - 1, multiplies);
   }
   if (well) mark(b, Mark::kInput, take_word_clocks(b));
   return well;

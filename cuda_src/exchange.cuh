@@ -149,10 +149,9 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
   }
 }
 
-// Takes in the exchange of `epoch` for `phase`: adds it to the residual and leaves the residual, rounded to bf16, as the activations of
-// every row; if the phase multiplies, times the norm's weights, and with its sums of squares. All consumers; false when the block must
-// leave.
-DEV bool receive(Block& b, Exchange x, u32 epoch, Phase phase, bool multiplies) {
+// Takes in the exchange of `epoch`: adds it to the residual and leaves the residual, rounded to bf16, as the activations of every row; if
+// the phase multiplies, times the norm's weights, and with its sums of squares. All consumers; false when the block must leave.
+DEV bool receive(Block& b, Exchange x, u32 epoch, bool multiplies) {
   consumer_sync();  // the phase before has read the activations
   mark(b, Mark::kMet);
   const bool weighs = multiplies && open_norm(b);
@@ -169,7 +168,7 @@ DEV bool receive(Block& b, Exchange x, u32 epoch, Phase phase, bool multiplies) 
         b, epoch, own_words(b, x.sum_offset), shape().hidden_size / 2, shape().hidden_size / 4,
         [&](int row, int quad, bool live, u64 v) { squares += put_residual(b, row, quad, v, live, weighs); });
   }
-  return end_residual(b, phase, weighs, squares);
+  return end_residual(b, weighs, squares);
 }
 
 // Puts a value of the residual where `receive` will look for it: outputs n .. n + 3 of a row. `embed` starts every step with it.

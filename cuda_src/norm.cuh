@@ -58,19 +58,22 @@ DEV float add_to_residual(Block& b, int row, int quad, float4 sum, bool live, bo
   return put_residual(b, row, quad, (u64)pack_bf16(now.z, now.w) << 32 | pack_bf16(now.x, now.y), live, weighs);
 }
 
-// Sums of squares are kept twice, in turn for the norms of a layer. Those of QKV (or the LM head) are read by this block's adders until
-// its last word of QKV is sent; they are overwritten by the next layer's exchange, which waits for words of every o_proj unit, and those
-// for attention, and that for all words of QKV (of the LM head: for `sample`, which waits for this block's candidates). In the same way
-// gate_up's are read before down_proj's words exist.
-DEV int norm_turn(Phase phase) { return phase == Phase::kGateUp; }
+// One set of sums of squares is enough. An adder reads a phase's before it sends its first word of that phase; a warp puts new ones only
+// after words that cannot be there before:
+//   - gate_up's over QKV's: its block has gathered for o_proj, hence has every attention word of the rank, and those need every QKV word;
+//   - QKV's or the LM head's over gate_up's: the warp has words of down_proj's exchange that are, or are summed from, those of all sources.
+//     The rank's own slices gathered all of its gate words between them. A block alone gathers but its slice's: so no sum is put earlier;
+//   - `embed`'s over the LM head's: publish_best waited for candidates_ready, to which every adder comes after its last unit. Without an LM
+//     head there are no sums of it, and down_proj's exchange was taken in all the same.
+// A warp that gave up waits for nothing. Its block then leaves without its word of `sample`, so no token comes of what an adder read.
 // A warp's share of a row's sum of squares; every lane calls it, before it hands over a unit of the phase. Which lane adds what is the same
 // for every row (quad_of), so that a row's bits do not depend on its company.
-DEV void put_row_sum(Block& b, Phase phase, int row, float sum) {
+DEV void put_row_sum(Block& b, int row, float sum) {
   sum = warp_sum(sum);
-  if (b.lane == 0) b.shared->norm_sums[norm_turn(phase)][row][b.warp] = sum;
+  if (b.lane == 0) b.shared->norm_sums[row][b.warp] = sum;
 }
 // Weighs the activations, which are the rounded residual, each thread the quads that it put there itself, and sums up their squares.
-DEV void weigh_rows(Block& b, Phase phase) {
+DEV void weigh_rows(Block& b) {
   const int quads = shape().hidden_size / 4;
   ROLLED for (int row = 0; row < num_rows(b); row++) {
     float squares = 0.f;
@@ -82,23 +85,23 @@ DEV void weigh_rows(Block& b, Phase phase) {
       squares += quad_squares(v);
       if (is_quad(quad, quads)) *at = weigh(b, quad, v);
     }
-    put_row_sum(b, phase, row, squares);
+    put_row_sum(b, row, squares);
   }
 }
 // The end of a residual's way into the activations: `squares` are this thread's of a row that was weighed at once. Gives the norm's weights
 // back, and meets; of one row the sum comes after that, since no other warp needs to wait for it. False when the block must leave.
-DEV bool end_residual(Block& b, Phase phase, bool weighs, float squares) {
-  if (weighs && !weighs_at_once()) weigh_rows(b, phase);
+DEV bool end_residual(Block& b, bool weighs, float squares) {
+  if (weighs && !weighs_at_once()) weigh_rows(b);
   if (weighs) close_norm(b);
   if (!all_well(b)) return false;
-  if (weighs && weighs_at_once()) put_row_sum(b, phase, 0, squares);
+  if (weighs && weighs_at_once()) put_row_sum(b, 0, squares);
   return true;
 }
 // An adder's part: 1 / rms of every row, once a phase, after a unit of it was handed over by all warps.
-DEV void put_row_scales(Block& b, int adder, Phase phase, int rows) {
+DEV void put_row_scales(Block& b, int adder, int rows) {
   for (int row = b.lane; row < rows; row += LANES) {
     float sum = 0.f;
-    UNROLL for (int w = 0; w < kConsumerWarps; w++) sum += b.shared->norm_sums[norm_turn(phase)][row][w];
+    UNROLL for (int w = 0; w < kConsumerWarps; w++) sum += b.shared->norm_sums[row][w];
     b.shared->row_scales[adder][row] = reciprocal_sqrt(sum / (float)shape().norm_size + shape().rms_eps);
   }
   warp_sync();

@@ -47,7 +47,7 @@ DEV bool reduce_all(Block& b, u32 epoch) {
   const Exchange x = epoch & 1 ? o_exchange() : down_exchange();
   send_parts(b, x, epoch);
   if (dense(b)) return replicated(num_rows(b)) ? receive_dense_whole(b, x, epoch) : receive_dense_local(b, x, epoch);
-  return receive(b, x, epoch, Phase::kQkv, false);
+  return receive(b, x, epoch, false);
 }
 
 DEV bool gather_all(Block& b, u32 epoch) {

@@ -24,7 +24,7 @@ DEV bool embed(Block& b) {
       for (int i = 0; i < 4; i++) tap(b, Phase::kEmbed, row, n + i, values[i]);
     }
   }
-  const bool well = end_residual(b, Phase::kQkv, weighs, squares);
+  const bool well = end_residual(b, weighs, squares);
   mark(b, Mark::kEnd, rows);
   return well;
 }

@@ -44,7 +44,7 @@ class Found:
 
 NAMES = {"schedules": "schedules", "threads": "schedules of threads", "tsan": "ThreadSanitizer", "drill": "drill"}
 KINDS = (  # text of a find -> its kind
-    ("race", "race"), ("deadlock", "deadlock"), ("a wait", "a wait gave up"), ("misused", "misuse"), ("no end", "no end"),
+    ("data race", "race"), ("deadlock", "deadlock"), ("a wait", "a wait gave up"), ("misused", "misuse"), ("no end", "no end"),
     ("crash", "crash"), ("stopped", "no end"), ("announced", "a record that was not there"),
 )  # fmt: skip
 
@@ -107,6 +107,8 @@ def by_tsan(name: str) -> Found | None:
     began = time.monotonic()
     for runs, (lanes, which) in enumerate(((32, "t0"), (32, "t1"), (1, "t0"), (1, "t1")), 1):
         out, err = sanitized.run("tsan", lanes, source_of(name), which)
+        if "does not compile" in err:
+            raise RuntimeError(err.splitlines()[-1])
         races = sanitized.races(err)
         if races or out != "right":
             said = [line for line in err.splitlines() if "Wrong: " in line or "Error: " in line]

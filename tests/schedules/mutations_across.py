@@ -19,7 +19,7 @@ WORDS = (
         "return step % shape().renew_steps *", "return (step & 1) *"),
     one("epoch_zero", "zeroed memory is taken for words", "block.cuh", "epochs_per_step() + layer + 1", "epochs_per_step() + layer"),
     one("down_awaits_this_layer", "qkv waits for the wrong epoch", "decode.cu",
-        "down_exchange(), epoch - 1, phase", "down_exchange(), epoch, phase"),
+        "down_exchange(), epoch - 1, multiplies", "down_exchange(), epoch, multiplies"),
     one("one_plan_buffer", "a plan is overwritten before every block has read it", "plan.cuh",
         "(step & 1) * plan_width()", "0 * plan_width()"),
     one("one_sum_buffer", "down sums overwrite o sums that a late block still reads", "exchange.cuh",
