@@ -265,15 +265,24 @@ struct Sampling {
 static_assert(sizeof(Sampling) == 128);
 
 struct TokenRecord {
-  unsigned int sequence;
   unsigned int kind;
+  unsigned int kind_tag;
   unsigned int request;
+  unsigned int request_tag;
   unsigned int token;
+  unsigned int token_tag;
   unsigned int index;
+  unsigned int index_tag;
   unsigned int finish;
-  unsigned long long time_ns;
+  unsigned int finish_tag;
+  unsigned int _reserved;
+  unsigned int _reserved_tag;
+  unsigned int time_low;
+  unsigned int time_low_tag;
+  unsigned int time_high;
+  unsigned int time_high_tag;
 };
-static_assert(sizeof(TokenRecord) == 32);
+static_assert(sizeof(TokenRecord) == 64);
 
 struct TraceEvent {
   unsigned int clock;
@@ -331,6 +340,6 @@ struct Mailbox {
   Descriptor descriptors[64];
   TokenRecord records[4096];
 };
-static_assert(sizeof(Mailbox) == 135296);
+static_assert(sizeof(Mailbox) == 266368);
 
 }  // namespace imex

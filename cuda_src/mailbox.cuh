@@ -6,10 +6,10 @@
 // ghost: computed, its token dropped here, its k and v written to a position of its own that nobody reads. Its slot and pages go
 // back to the host (RELEASE) when the last step with a row of it is done.
 #pragma once
-#include "faults.cuh"
 #include "kv.cuh"
 #include "logprobs.cuh"
 #include "plan.cuh"
+#include "rings.cuh"
 #include "search.cuh"
 
 namespace imex {
@@ -36,7 +36,7 @@ constexpr u32 kArenaToken = ~0u;
 constexpr u32 kKnownToken = ~1u;
 
 struct MailboxState {
-  u32 line[16];  // the descriptor being looked at
+  u32 line[kLineWords];  // the last descriptor taken
   SlotState slots[kMaxSlots];
   PlannedRow planned[2][kMaxRows];  // by step parity
   u32 num_planned[2];
@@ -44,60 +44,44 @@ struct MailboxState {
 };
 static_assert(sizeof(MailboxState) <= kSharedMailboxBytes, "raise SHARED_MAILBOX_BYTES in abi.py");
 
-// Records that steps already published may still write; a token may have its own and kMaxLogprobs other log-probabilities.
-constexpr u32 kRecordMargin = 4 * kMaxRows * (2 + kMaxLogprobs) + 2 * kMaxSlots;
-static_assert(2 * kRecordMargin <= kRecordSlots, "raise RECORD_SLOTS in abi.py");
 constexpr u64 kHostSilenceNs = 30000000000ull;  // a host whose heartbeat stops for so long is gone
+
+// Page tables written at an admission: in which plan their readers are told (publish_plan).
+enum class NewTables : u32 { kNone, kPlanAfterNext, kNextPlan };
 
 struct MailboxWarp {
   const RankParams* params;
   Shared* shared;
   MailboxState* state;
-  Mailbox* host;
+  Rings rings;
   int lane;
-  u32 next_sequence;    // of descriptors
-  u32 next_record;      // of records
-  u32 records_read;     // as last read from the host
   u32 done, published;  // steps whose tokens were handled, plans published
   u32 tickets;
   u32 heartbeat;  // the host's, and when it last changed
   u64 heard_ns;
-  u32 next_align;          // trace.cuh
-  u32 turn = 0;            // the slot that is dealt a row first (choose_rows)
-  bool new_pages = false;  // a page table was written since the last plan
+  u32 next_align;  // trace.cuh
+  u32 turn = 0;    // the slot that is dealt a row first (choose_rows)
+  NewTables new_tables = NewTables::kNone;
+  u32 fresh_slot = ~0u, fresh_position, fresh_token;  // the last request admitted: the first token to run, + lane
 };
-
-DEV u32* arena_of(const MailboxWarp& m) { return (u32*)(m.host + 1); }
-
-// One record. The sequence word is stored last, with release: whoever sees it sees the rest.
-DEV void write_record(MailboxWarp& m, Record kind, u32 request, u32 token, u32 index, Finish finish) {
-  const u32 sequence = m.next_record++;
-  TokenRecord* r = &m.host->records[(sequence - 1) % kRecordSlots];
-  const u64 now = timer_ns();
-  store_relaxed_sys(&r->kind, (u32)kind);
-  store_relaxed_sys(&r->request, request);
-  store_relaxed_sys(&r->token, token);
-  store_relaxed_sys(&r->index, index);
-  store_relaxed_sys(&r->finish, (u32)finish);
-  store_relaxed_sys((u32*)&r->time_ns, (u32)now);
-  store_relaxed_sys((u32*)&r->time_ns + 1, (u32)(now >> 32));
-  store_release_sys(&r->sequence, sequence);
-}
-// Room for what published steps may still write, and for one more step; the host's counter is read only when it matters.
-DEV bool has_room(MailboxWarp& m) {
-  auto room = [&] { return kRecordSlots - (m.next_record - 1 - m.records_read) >= kRecordMargin; };
-  if (!room()) m.records_read = load_relaxed_sys(&m.host->header.records_read);
-  return room();
-}
 
 // ---------------------------------------------------------------------------------------------- descriptors
 DEV void release_if_over(MailboxWarp& m, SlotState& slot) {
   if (slot.active != 2 || (slot.last_step != ~0u && slot.last_step >= m.done)) return;
   slot.active = 0;
-  write_record(m, Record::kRelease, slot.request, 0, slot.num_emitted, (Finish)slot.finish);
+  fence_sys();  // all lanes' reads of the request's arena (since then: warp_sync) come before the host hears that it may write there
+  write_record(m.rings, Record::kRelease, slot.request, 0, slot.num_emitted, (Finish)slot.finish);
 }
-DEV void admit(MailboxWarp& m, const Descriptor& d) {
-  SlotState& slot = m.state->slots[d.slot];
+DEV void cancel(MailboxWarp& m, u32 request) {
+  ROLLED for (u32 i = 0; i < shape().num_slots; i++) {
+    SlotState& slot = m.state->slots[i];
+    if (slot.active != 1 || slot.request != request) continue;
+    slot.active = 2;
+    slot.finish = (u32)Finish::kCancelled;
+    release_if_over(m, slot);
+  }
+}
+DEV void fill_slot(SlotState& slot, const Descriptor& d, u32 ticket) {
   slot.request = d.request;
   slot.arena = d.arena;
   slot.prompt_len = d.prompt_len;
@@ -108,33 +92,22 @@ DEV void admit(MailboxWarp& m, const Descriptor& d) {
   slot.num_planned = slot.num_emitted = 0;
   slot.last_step = ~0u;
   slot.finish = (u32)Finish::kNone;
-  slot.ticket = m.tickets++;
+  slot.ticket = ticket;
   slot.draw = d.draw;
   slot.sampling = d.arena + d.prompt_len + d.num_pages + d.num_stop;
   slot.num_logprobs = smaller(d.num_logprobs, 1 + kMaxLogprobs);
-  fence_sys();  // the descriptor was seen: now what the host wrote before it is, too
-  ROLLED for (u32 i = 0; i < slot.num_stop; i++) slot.stop[i] = load_relaxed_sys(arena_of(m) + d.arena + d.prompt_len + d.num_pages + i);
   slot.active = 1;
-}
-// As in abi.py: one-to-one in every word, so that a line of which a part is old does not fit.
-DEV u32 descriptor_check(const u32* line) {
-  u32 check = kDescriptorMagic;
-  ROLLED for (int i = 0; i < 15; i++) {
-    check = (check ^ line[i]) * kDescriptorFactor;
-    check ^= check >> 15;
-  }
-  return check;
 }
 // All lanes write a new request's page table in every rank, whole: all its pages are reserved. Only this warp writes page tables; the
 // producers of all ranks read them (find_page, kv.cuh). Nobody reads this slot's now: the last step with a row of its last request is
 // done, so every block has sent the word that follows its copies, and the next step with a row of it is planned after this.
-// Words order nothing but themselves, so the other direction takes two fences: here, between the stores of all lanes and the header of
-// the next plan, which says kPlanNewPages; and by whoever reads such a header, before its block's producer goes on (begin_step).
-DEV void write_page_table(MailboxWarp& m) {
+// Words order nothing but themselves, so the other direction takes two fences: in publish_plan, between the stores of all lanes and the
+// header of a plan that says kPlanNewPages; and by whoever reads such a header, before its block's producer goes on (begin_step).
+// A request that begins at position 0 can wait for that until its second step: in the first one, every page it attends to is that of a
+// row of the same step, and comes with the plan. So the fence is not on the way to its first token.
+DEV void write_page_table(MailboxWarp& m, const Descriptor& d) {
   constexpr int kBatch = 4;  // reads of host memory under way
-  const Descriptor& d = *(const Descriptor*)m.state->line;
-  warp_sync();  // after lane 0's fence in `admit`: what the host wrote before the descriptor is there for all lanes
-  const u32* pages = arena_of(m) + d.arena + d.prompt_len;
+  const u32* pages = arena_of(m.rings) + d.arena + d.prompt_len;
   ROLLED for (u32 base = m.lane; base < d.num_pages; base += kBatch * LANES) {
     u32 page[kBatch];
     UNROLL for (int i = 0; i < kBatch; i++) page[i] = load_relaxed_sys(pages + smaller(base + i * LANES, d.num_pages - 1));
@@ -144,30 +117,39 @@ DEV void write_page_table(MailboxWarp& m) {
         if (base + i * LANES < d.num_pages) store_global(table + base + i * LANES, page[i]);
     }
   }
-  warp_sync();
-  fence_sys();
-  m.new_pages = true;
+  if (d.cached_len) m.new_tables = NewTables::kNextPlan;
+  else if (m.new_tables == NewTables::kNone) m.new_tables = NewTables::kPlanAfterNext;
 }
-// Looks at the next descriptor: the poll is the read. One 64-byte line by one warp-wide load, taken if sequence and check match;
-// a line half-written is simply not taken yet. Returns the command, kNone when there is nothing; lane 0's answer counts.
-DEV Command poll_descriptor(MailboxWarp& m) {
-  const u32* line = (const u32*)&m.host->descriptors[(m.next_sequence - 1) % kDescriptorSlots];
-  ROLLED for (int i = m.lane; i < 16; i += LANES) m.state->line[i] = load_relaxed_sys(line + i);
+// All lanes read what the descriptor speaks of in one round trip: stop token ids, the first step's tokens, and page ids.
+DEV void admit(MailboxWarp& m, const Descriptor& d) {
+  constexpr int kStops = (kMaxStopIds + LANES - 1) / LANES;
+  SlotState& slot = m.state->slots[d.slot];
+  if (m.lane == 0) fill_slot(slot, d, m.tickets++);
+  // The host fenced between the rest and the line, and lanes saw the line by relaxed loads: an acquire is what is missing, and unlike
+  // fence_sys it waits for none of the stores under way, such as the ACK. warp_sync makes it every lane's.
+  fence_acquire_sys();  // the descriptor was seen: now what the host wrote before it is, too
   warp_sync();
-  if (m.lane) return Command::kNone;
+  const u32* prompt = arena_of(m.rings) + d.arena;
+  const u32 num_stop = smaller(d.num_stop, kMaxStopIds);
+  u32 stop[kStops];
+  UNROLL for (int j = 0; j < kStops; j++)
+    stop[j] = m.lane + j * LANES < num_stop ? load_relaxed_sys(prompt + d.prompt_len + d.num_pages + m.lane + j * LANES) : 0;
+  m.fresh_slot = d.slot;
+  m.fresh_position = d.cached_len;
+  m.fresh_token = load_relaxed_sys(prompt + smaller(d.cached_len + m.lane, d.prompt_len - 1));
+  write_page_table(m, d);
+  UNROLL for (int j = 0; j < kStops; j++)
+    if (m.lane + j * LANES < num_stop) slot.stop[m.lane + j * LANES] = stop[j];
+  warp_sync();
+}
+// Does what the line in `state` asks for; all lanes.
+DEV void take_descriptor(MailboxWarp& m) {
   const Descriptor& d = *(const Descriptor*)m.state->line;
-  if (d.sequence != m.next_sequence || d.check != descriptor_check(m.state->line) || !has_room(m)) return Command::kNone;
+  if (m.lane == 0) {
+    if (d.command == (u32)Command::kCancel) cancel(m, d.request);
+    write_record(m.rings, Record::kAck, d.request, d.sequence, 0, Finish::kNone);
+  }
   if (d.command == (u32)Command::kSubmit) admit(m, d);
-  if (d.command == (u32)Command::kCancel)
-    ROLLED for (u32 i = 0; i < shape().num_slots; i++) {
-      SlotState& slot = m.state->slots[i];
-      if (slot.active != 1 || slot.request != d.request) continue;
-      slot.active = 2;
-      slot.finish = (u32)Finish::kCancelled;
-      release_if_over(m, slot);
-    }
-  write_record(m, Record::kAck, d.request, d.sequence, 0, Finish::kNone);
-  return (Command)d.command;
 }
 
 // ---------------------------------------------------------------------------------------------- steps
@@ -234,45 +216,54 @@ DEV u32 choose_rows(MailboxWarp& m) {
   s.num_planned[step & 1] = count;
   return count;
 }
-// All lanes fetch their rows' tokens and pages from the host, and store them to every rank.
+// All lanes fetch their rows' tokens and pages, and store them to every rank. Tokens of the last request admitted are here since then.
 DEV void publish_plan(MailboxWarp& m, u32 rows, Command command) {
   const u32 step = m.published, epoch = plan_epoch(step);
-  ROLLED for (u32 r = m.lane; r < shape().max_rows; r += LANES) {
+  const bool new_pages = m.new_tables == NewTables::kNextPlan;
+  if (new_pages) {
+    fence_sys();  // this lane's part of page tables, before the header that tells of them
+    warp_sync();
+  }
+  m.new_tables = m.new_tables == NewTables::kPlanAfterNext ? NewTables::kNextPlan : NewTables::kNone;
+  const u32* tables = page_table(m.params, m.params->rank);  // all entries are this warp's own stores
+  ROLLED for (u32 base = 0; base < shape().max_rows; base += LANES) {  // all lanes together: they shuffle
+    const u32 r = base + m.lane;
+    const PlannedRow& row = m.state->planned[step & 1][r < rows ? r : 0];
+    const u32 after = row.position - m.fresh_position;
+    const bool fresh = row.slot == m.fresh_slot && after < LANES;
+    const u32 fresh_token = shuffle(m.fresh_token, after % LANES);
     u32 token = 0, position = 0, where = 0, page = 0;
     if (r < rows) {
-      const PlannedRow& row = m.state->planned[step & 1][r];
       const SlotState& slot = m.state->slots[row.slot];
       position = row.position;
       where = row.slot | (row.samples ? kRowSamples : 0) | (row.draws ? kRowDraws : 0);
-      const u32* arena = arena_of(m) + slot.arena;
-      page = load_relaxed_sys(arena + slot.prompt_len + position / shape().page_size);
-      token = row.from_row == kArenaToken ? load_relaxed_sys(arena + position)
-              : row.from_row == kKnownToken ? slot.last_token
-                                            : kTokenFromRow | row.from_row;
+      page = load_global(tables + row.slot * shape().pages_per_slot + position / shape().page_size);
+      token = row.from_row == kKnownToken    ? slot.last_token
+              : row.from_row != kArenaToken ? kTokenFromRow | row.from_row
+              : fresh                       ? fresh_token
+                                            : load_relaxed_sys(arena_of(m.rings) + slot.arena + position);
     }
-    ROLLED for (u32 rank = 0; rank < shape().world_size; rank++) {
+    ROLLED for (u32 rank = 0; r < shape().max_rows && rank < shape().world_size; rank++) {
       u64* to = (u64*)m.params->peers[rank] + plan_offset(step) + kPlanHeaderWords + r * kPlanRowWords;
       store_words(to, token, position, epoch);
       store_words(to + 2, where, page, epoch);
     }
   }
-  constexpr u32 kPairs = kSamplingWords / 2;
-  ROLLED for (u32 i = m.lane; i < rows * kPairs && m.state->num_drawing; i += LANES) {
-    const PlannedRow& row = m.state->planned[step & 1][i / kPairs];
-    if (!row.draws) continue;
-    const u32* from = arena_of(m) + m.state->slots[row.slot].sampling + i % kPairs * 2;
-    const u32 first = load_relaxed_sys(from), second = load_relaxed_sys(from + 1);
-    ROLLED for (u32 rank = 0; rank < shape().world_size; rank++)
-      store_words((u64*)m.params->peers[rank] + sampling_offset(step) + 2 * i, first, second, epoch);
-  }
   if (m.lane == 0) {
     const u32 aligns = rows && plan_aligns(step, m.published == m.done, m.next_align) ? kPlanAligns : 0;
     const u32 kinds = rows ? m.state->num_sampling | m.state->num_drawing << 16 | aligns : 0;
     ROLLED for (u32 rank = 0; rank < shape().world_size; rank++)
-      store_words((u64*)m.params->peers[rank] + plan_offset(step), rows | (u32)command << 16 | (m.new_pages ? kPlanNewPages : 0), kinds,
-                  epoch);
+      store_words((u64*)m.params->peers[rank] + plan_offset(step), rows | (u32)command << 16 | (new_pages ? kPlanNewPages : 0), kinds, epoch);
   }
-  m.new_pages = false;
+  constexpr u32 kPairs = kSamplingWords / 2;  // the rest is read after the LM head: the step need not wait for it to begin
+  ROLLED for (u32 i = m.lane; i < rows * kPairs && m.state->num_drawing; i += LANES) {
+    const PlannedRow& row = m.state->planned[step & 1][i / kPairs];
+    if (!row.draws) continue;
+    const u32* from = arena_of(m.rings) + m.state->slots[row.slot].sampling + i % kPairs * 2;
+    const u32 first = load_relaxed_sys(from), second = load_relaxed_sys(from + 1);
+    ROLLED for (u32 rank = 0; rank < shape().world_size; rank++)
+      store_words((u64*)m.params->peers[rank] + sampling_offset(step) + 2 * i, first, second, epoch);
+  }
   m.published++;
 }
 // Lane 0 hands the tokens of step m.done to the host and ends what ends.
@@ -286,19 +277,19 @@ DEV void finish_step(MailboxWarp& m) {
     const u32 token = m.shared->tokens[parity][r];
     const u32* of_row = (const u32*)m.params->logprobs + (parity * shape().max_rows + r) * kLogprobRowWords;
     ROLLED for (u32 i = 0; i < slot.num_logprobs; i++, of_row += kLogprobWords)  // written before step_end by this block
-      write_record(m, Record::kLogprob, slot.request, load_global(of_row), load_global(of_row + 2), (Finish)load_global(of_row + 1));
+      write_record(m.rings, Record::kLogprob, slot.request, load_global(of_row), load_global(of_row + 2), (Finish)load_global(of_row + 1));
     slot.last_token = token;
     u32 finish = (u32)Finish::kNone;
     if (slot.num_emitted >= slot.min_tokens)
       ROLLED for (u32 i = 0; i < slot.num_stop; i++)
         if (slot.stop[i] == token) finish = (u32)Finish::kStop;
     if (finish == (u32)Finish::kNone && slot.num_emitted + 1 == slot.max_tokens) finish = (u32)Finish::kLength;
-    write_record(m, Record::kToken, slot.request, token, slot.num_emitted++, (Finish)finish);
+    write_record(m.rings, Record::kToken, slot.request, token, slot.num_emitted++, (Finish)finish);
     if (finish != (u32)Finish::kNone) slot.active = 2, slot.finish = finish;
   }
   m.done++;
   ROLLED for (u32 i = 0; i < shape().num_slots; i++) release_if_over(m, s.slots[i]);
-  store_relaxed_sys(&m.host->header.steps, m.done);
+  store_relaxed_sys(&m.rings.host->header.steps, m.done);
 }
 
 // Steps are counted in 32 bits: two weeks at 0.3 ms each. The step after the last is never planned.
@@ -313,10 +304,10 @@ DEV bool must_abort(MailboxWarp& m) {
     raise_abort(m.params);
     return true;
   }
-  const u32 beat = load_relaxed_sys(&m.host->header.heartbeat);
+  const u32 beat = load_relaxed_sys(&m.rings.host->header.heartbeat);
   const u64 now = timer_ns();
   if (beat != m.heartbeat) m.heartbeat = beat, m.heard_ns = now;
-  if (!load_relaxed_sys(&m.host->header.stop) && now - m.heard_ns < kHostSilenceNs) return false;
+  if (!load_relaxed_sys(&m.rings.host->header.stop) && now - m.heard_ns < kHostSilenceNs) return false;
   raise_abort(m.params);
   return true;
 }
@@ -327,48 +318,60 @@ DEV bool all_free(const MailboxWarp& m) {
   return true;
 }
 
+enum class News : u32 { kNone, kDescriptor, kStepEnd, kCheck };
+
+// Looks until there is something to do, or only `once`; all lanes. While a step runs, mostly for its end: a descriptor that comes then waits for the plan
+// after next anyway, and its poll would hold up the tokens for a round trip to the host.
+DEV News await_news(MailboxWarp& m, bool once) {
+  ROLLED for (;;) {
+    mailbox_pause();
+    bool ended = false;
+    if (m.lane == 0 && m.done < m.published)
+      ROLLED for (int i = 0; i < kTestsPerPoll && !ended; i++) ended = mbar_test_now({&m.shared->step_end[m.done & 1], m.done >> 1 & 1});
+    if (shuffle(ended, 0)) return News::kStepEnd;
+    if (poll_descriptor(m.rings, m.state->line)) return News::kDescriptor;
+    if (m.rings.num_polls >= kPollsPerCheck) return News::kCheck;
+    if (once) return News::kNone;
+  }
+}
+
 // Rank 0's block 0, the last warp. Lane 0 decides; the others help to read lines and to publish plans.
 DEV void run_mailbox(Block& b) {
   MailboxState* state = (MailboxState*)b.shared->mailbox;
-  MailboxWarp m = {b.params, b.shared, state, (Mailbox*)b.params->mailbox, b.lane, 1, 1, 0, 0, 0, 0, 0, timer_ns()};
+  MailboxWarp m = {b.params, b.shared, state, {(Mailbox*)b.params->mailbox, b.lane, 1, 1}, b.lane, 0, 0, 0, 0, timer_ns()};
   ROLLED for (u32 i = b.lane; i < kMaxSlots; i += LANES) state->slots[i].active = 0;
   ROLLED for (u32 i = b.lane; i < 2; i += LANES) state->num_planned[i] = 0;
   warp_sync();
-  if (m.lane == 0) store_release_sys(&m.host->header.resident, 1);
-  constexpr u32 kAbort = ~0u;
+  if (m.lane == 0) store_release_sys(&m.rings.host->header.resident, 1);
+  enum { kGoOn, kLeave, kAbort };
   bool leaving = false;
-  u32 idle_polls = 0;
-  ROLLED for (u32 polls = 1;; polls++, idle_polls++) {
-    u32 rows = 0, news = 0;
-    if (m.lane == 0 && m.done < m.published && mbar_test_now({&b.shared->step_end[m.done & 1], m.done >> 1 & 1})) {
-      finish_step(m);
-      news = 1;
+  ROLLED for (News news = News::kNone;;) {
+    if (news == News::kStepEnd && m.lane == 0) finish_step(m);
+    if (news == News::kDescriptor) {
+      take_descriptor(m);
+      leaving |= ((const Descriptor*)state->line)->command == (u32)Command::kShutdown;
     }
-    u32 command = (u32)poll_descriptor(m);
-    command = shuffle(command, 0);
-    if (command) m.next_sequence++;
-    if (command == (u32)Command::kSubmit) write_page_table(m);
-    leaving |= command == (u32)Command::kShutdown;
+    u32 rows = 0, end = kGoOn;
     if (m.lane == 0) {
       const bool may_publish = m.published <= m.done + 1 && m.published < kLastStep;  // every block has read its buffer's last plan
-      if (may_publish && has_room(m)) rows = choose_rows(m);
-      if (may_publish && leaving && all_free(m)) news = 2;
-      if (polls % kPollsPerCheck == 0 && must_abort(m)) news = kAbort;
+      if (may_publish && has_room(m.rings)) rows = choose_rows(m);
+      if (may_publish && leaving && all_free(m)) end = kLeave;
+      if (m.rings.num_polls >= kPollsPerCheck && must_abort(m)) end = kAbort;
     }
+    if (m.rings.num_polls >= kPollsPerCheck) m.rings.num_polls = 0;
     rows = shuffle(rows, 0);
-    news = shuffle(news, 0);
+    end = shuffle(end, 0);
     warp_sync();  // lane 0's choice of rows, before every lane publishes
-    if (news == kAbort) break;
+    if (end == kAbort) break;
     if (rows) publish_plan(m, rows, Command::kNone);
-    if (news == 2) {
+    if (end == kLeave) {
       publish_plan(m, 0, Command::kShutdown);
       break;
     }
     warp_sync();  // before lane 0 chooses again
-    if (command || rows || news) idle_polls = 0;
-    mailbox_pause(idle_polls);
+    news = await_news(m, rows);  // having published, it may publish one more: but who has come meanwhile should be in it
   }
-  if (m.lane == 0) store_release_sys(&m.host->header.resident, 2);
+  if (m.lane == 0) store_release_sys(&m.rings.host->header.resident, 2);
 }
 
 }  // namespace imex

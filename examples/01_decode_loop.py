@@ -1,4 +1,4 @@
-"""The bare decode loop: the CPU writes one 64-byte descriptor and reads 32-byte records. There is nothing else between tokens.
+"""The bare decode loop: the CPU writes one 64-byte descriptor and reads 64-byte records. There is nothing else between tokens.
 
 Run: python examples/01_decode_loop.py [MODEL] [DEVICE]        (default: smollm2 auto)
 """

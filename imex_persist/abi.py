@@ -51,7 +51,7 @@ ROW_DRAWS = (
 ROW_SLOT = 0xFF  # plan: the slot in the slot word
 PLAN_ALIGNS = 0x80000000  # plan: clocks are aligned before this step (set in the header's second word; trace.cuh)
 PLAN_NEW_PAGES = 0x80000000  # plan: a page table was written since the step before (set in the header's first word)
-DESCRIPTOR_MAGIC = 0x494D4558  # "IMEX": where a descriptor's check word begins
+DESCRIPTOR_MAGIC = 0x494D4558  # "IMEX": what tells the places of a descriptor's words apart in its check
 DESCRIPTOR_FACTOR = 0x9E3779B1  # odd, so that multiplying by it loses nothing
 
 
@@ -293,15 +293,20 @@ Sampling = _struct(  # how a request's tokens are drawn (imex_persist/runtime/sa
     ("_pad", "u4", 2),
 )
 
-TokenRecord = _struct(  # device -> host; `sequence` is stored last, with release
-    ("sequence", "u4"),  # 1, 2, 3, …
-    ("kind", "u4"),
-    ("request", "u4"),
-    ("token", "u4"),
-    ("index", "u4"),  # 0, 1, … of the request's generated tokens
-    ("finish", "u4"),
-    ("time_ns", "u8"),  # device clock when the step's tokens were known
+RECORD_WORDS = (
+    "kind",
+    "request",
+    "token",
+    "index",  # 0, 1, … of the request's generated tokens
+    "finish",
+    "_reserved",
+    "time_low",  # device clock in ns when the step's tokens were known
+    "time_high",
 )
+
+# Device -> host, one 64-byte line of tagged words: each is one store, and its tag is the record's sequence number, 1, 2, 3, …
+# A record is there when all tags are the expected one, in whatever order the words arrive.
+TokenRecord = _struct(*((name, "u4") for word in RECORD_WORDS for name in (word, f"{word}_tag")))
 
 TraceEvent = _struct(  # device -> host, one 16-byte store
     ("clock", "u4"),  # low word of the SM's clock
@@ -358,13 +363,14 @@ Mailbox = _struct(  # mapped host memory; the arena of u32 follows
 
 
 def descriptor_check(words: Iterable[int]) -> int:
-    """The check word of a descriptor's other fifteen. Each turn is one-to-one, so a line in which one word is still an old one never
-    fits, and one with several fits as often as 32 random bits do. The xor of all words would forgive two that differ alike."""
-    check = DESCRIPTOR_MAGIC
-    for word in words:
-        check = (check ^ word) * DESCRIPTOR_FACTOR & 0xFFFFFFFF
-        check ^= check >> 15
-    return check
+    """The check word of a descriptor's other fifteen: the sum of what each, with its place, is mixed to. That is one-to-one, so a line in
+    which one word is still an old one never fits, and one with several fits as often as 32 random bits do. The sum of the words
+    themselves would forgive two that differ alike."""
+    check = 0
+    for i, word in enumerate(words, 1):
+        mixed = (word ^ i * DESCRIPTOR_MAGIC & 0xFFFFFFFF) * DESCRIPTOR_FACTOR & 0xFFFFFFFF
+        check += (mixed ^ mixed >> 15) * DESCRIPTOR_FACTOR
+    return check & 0xFFFFFFFF
 
 
 STRUCTS = {

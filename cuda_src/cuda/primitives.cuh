@@ -118,6 +118,7 @@ DEV void store_event(TraceEvent* p, u32 clock, u32 what, u32 value, u32 step) {
 // ---------------------------------------------------------------------------------------------- fences
 DEV void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 DEV void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+DEV void fence_acquire_sys() { asm volatile("fence.acquire.sys;" ::: "memory"); }
 DEV void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 DEV void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -173,6 +174,7 @@ DEV float warp_sum(float v) {
   UNROLL for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
   return v;
 }
+DEV u32 warp_sum(u32 v) { return __reduce_add_sync(~0u, v); }
 DEV u64 warp_sum(u64 v) {
   UNROLL for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
   return v;

@@ -214,10 +214,11 @@ void flush_visible();            // delayed stores that a fence of the current f
 void flush_overlap(const void* p, u32 size);
 void share_stores();  // a barrier: the block's fences now cover the current fiber's stores
 void fence(bool sys);
+void acquire(bool sys);  // the half of a fence that makes loads fresh
 void proxy_fence();
 void shared_proxy_fence();
 void block_ends(Block* block);
-u32 load_host(const u32* p);  // relaxed; what the host writes beyond the rings is fresh after a fence_sys
+u32 load_host(const u32* p);  // relaxed; what the host writes beyond the rings is fresh after a fence
 bool drain_some(bool must);   // lets delayed stores and copies land; true if one did
 void start_copy(void* shared, const void* global, u32 bytes, u64* bar);
 

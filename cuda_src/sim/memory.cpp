@@ -5,7 +5,7 @@
 //   generic load:  fresh for stores up to the fiber's `view`, the last fence that it made or learnt of by a barrier or mbarrier; for a
 //                  store of another rank both fences, the writer's and the reader's, must be fence_sys
 //   bulk copy:     fresh for stores up to `view_async` whose block fenced the proxy; else possibly the value from before (KV rule)
-//   host's stores: words of the rings are fresh, what they speak of (the arena) only after a fence_sys
+//   host's stores: words of the rings are fresh, what they speak of (the arena) only after a fence_sys or fence_acquire_sys
 //   shared memory: a copy into bytes that plain stores have changed since the last one needs a fence_async_shared between the two
 #include <stdlib.h>
 
@@ -53,9 +53,10 @@ Landed* landed;  // [kLog], a ring: what is older than it is seen by everybody
 u64 num_landed;
 Copy* copies;
 u32 num_copies, num_pending;
-char* host;         // the arena, as of the mailbox's last fence_sys or later
+char* host;         // the arena, as of the mailbox's last fence or later
 const char* arena;  // [arena_bytes], the host's own
 u64 arena_bytes;
+char fenced_of_rank[kMaxRanks], fenced_of_all;  // what ThreadSanitizer knows fences by
 
 bool overlap(const char* a, u64 a_size, const char* b, u64 b_size) { return a < b + b_size && b < a + a_size; }
 bool covered(Fiber* owner, bool shared) {
@@ -238,19 +239,26 @@ void flush_visible() {
 // Any two fences are ordered as they ran, if each one's scope has the other's thread: more than a GPU promises, so this hides, but
 // invents nothing.
 void fence(bool sys) {
-  static char of_rank[kMaxRanks], of_all;
   Fiber* f = machine.current;
   const u32 rank = f->block->rank_idx;
-  tsan_acquire(of_rank + rank);
-  if (sys) tsan_acquire(&of_all), tsan_release(&of_all);
-  tsan_release(of_rank + rank);
-  if (!machine.weak) return;
-  flush_visible();
-  for (u32 i = 0; sys && i < kLog && i < num_landed; i++) {  // also what others of the rank had shown to this thread
-    Landed& s = landed[i];
-    const bool known = covered(s.owner, s.shared) || (s.owner->block->rank_idx == rank && s.sequence <= f->view.gpu);
-    if (s.sys == ~0ull && known) s.sys = machine.sequence;
+  if (machine.weak) {
+    flush_visible();
+    for (u32 i = 0; sys && i < kLog && i < num_landed; i++) {  // also what others of the rank had shown to this thread
+      Landed& s = landed[i];
+      const bool known = covered(s.owner, s.shared) || (s.owner->block->rank_idx == rank && s.sequence <= f->view.gpu);
+      if (s.sys == ~0ull && known) s.sys = machine.sequence;
+    }
   }
+  acquire(sys);
+  if (sys) tsan_release(&fenced_of_all);
+  tsan_release(fenced_of_rank + rank);
+}
+
+void acquire(bool sys) {
+  Fiber* f = machine.current;
+  tsan_acquire(fenced_of_rank + f->block->rank_idx);
+  if (sys) tsan_acquire(&fenced_of_all);
+  if (!machine.weak) return;
   f->view.gpu = machine.sequence;
   if (sys) f->view.sys = machine.sequence;
   if (sys && arena_bytes && f->thread / LANES == kNumWarps - 1) memcpy(host, arena, arena_bytes);

@@ -168,6 +168,11 @@ DEV void fence_sys() {
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
   sim::fence(true);
 }
+DEV void fence_acquire_sys() {
+  sim::point();
+  __atomic_thread_fence(__ATOMIC_ACQUIRE);
+  sim::acquire(true);
+}
 DEV void fence_gpu() {
   sim::point();
   sim::fence(false);
@@ -264,7 +269,8 @@ DEV void wait_dense(Waiter& w, Wait kind, u32 epoch, int count, Address address,
   for (int i = 0; i < count; i++) out[i][0] = (u32)word[i][0], out[i][1] = (u32)(word[i][0] >> 32), out[i][2] = (u32)word[i][1];
 }
 constexpr u32 kPollsPerCheck = 8;  // the mailbox looks at the abort and stop words this seldom
-DEV void mailbox_pause(u32) { sim::pause_idle(); }
+constexpr int kTestsPerPoll = 1;
+DEV void mailbox_pause() { sim::pause_idle(); }
 
 // ---------------------------------------------------------------------------------------------- inside a block
 DEV void block_sync() { sim::block_barrier(0, kThreads, false); }
@@ -324,6 +330,9 @@ DEV float lanes_max(float v, int lanes) {
 }
 DEV float warp_sum(float v) {
   return warp_reduce(v, [](float a, float b) { return a + b; });
+}
+DEV u32 warp_sum(u32 v) {
+  return warp_reduce(v, [](u32 a, u32 b) { return a + b; });
 }
 DEV u64 warp_sum(u64 v) {
   return warp_reduce(v, [](u64 a, u64 b) { return a + b; });

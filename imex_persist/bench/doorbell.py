@@ -34,15 +34,19 @@ def measure(llm) -> dict:
         for _ in range(FIRST_TOKENS[kind]):
             time.sleep(IDLE_S)
             (one,) = drive(llm, [1], 1)
-            first.append(one.host_ns[0] - one.posted_ns)
+            first.append(one)
     finally:
         gc.enable()
+    first_ns = median(one.host_ns[0] - one.posted_ns for one in first)
     return {
         "noop": _summary(busy),
         "noop_after_idle": _summary(idle),
         "step_us": step_ns / 1e3,
-        "first_token_us": median(first) / 1e3,
-        "first_token_beyond_us": (median(first) - step_ns) / 1e3,
+        "first_token_us": first_ns / 1e3,
+        "first_token_beyond_us": (first_ns - step_ns) / 1e3,
+        # where it goes: the way there and back, as of a no-op; and on the device, from the descriptor to the token's record
+        "first_token_ack_us": median(one.acked_ns - one.posted_ns for one in first) / 1e3,
+        "first_token_device_beyond_us": (median(one.device_ns[0] - one.taken_ns for one in first) - step_ns) / 1e3,
     }
 
 

@@ -21,11 +21,12 @@ _ids = itertools.count(1 << 30)  # apart from the engine's
 
 @dataclass
 class Sequence:
-    """One request: when it was posted, taken, and when each token was known on the device (ns) and seen here (ns)."""
+    """One request: when it was posted, taken, acknowledged, and when each token was known on the device (ns) and seen here (ns)."""
 
     prompt_len: int
     posted_ns: int = 0
     taken_ns: int = 0  # device clock
+    acked_ns: int = 0
     device_ns: list[int] = field(default_factory=list)
     host_ns: list[int] = field(default_factory=list)
 
@@ -57,7 +58,7 @@ def drive(llm, prompt_lens: list[int], num_tokens: int, in_the_middle: Callable[
                 sequence.device_ns.append(record.time_ns)
                 sequence.host_ns.append(now)
             elif record.kind == abi.Record.ACK:
-                sequence.taken_ns = record.time_ns
+                sequence.taken_ns, sequence.acked_ns = record.time_ns, now
             elif record.kind == abi.Record.RELEASE:
                 left -= 1
         if in_the_middle is not None and len(sequences[0].device_ns) > half:

@@ -65,7 +65,8 @@ def print_doorbell(r: dict) -> None:
     print(f"floor: a word in mapped memory, there and back, {r['bound_us']:.2f} µs in this run; ratio {r['ratio']:.2f}")
     print(
         f"first token of an idle kernel: {r['first_token_us']:.1f} µs, a step takes {r['step_us']:.1f} µs, "
-        f"so {r['first_token_beyond_us']:.1f} µs beyond it"
+        f"so {r['first_token_beyond_us']:.1f} µs beyond it: its descriptor is acknowledged after {r['first_token_ack_us']:.1f} µs, "
+        f"and from there to its record the device takes {r['first_token_device_beyond_us']:.1f} µs beyond a step"
     )
 
 

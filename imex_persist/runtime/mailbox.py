@@ -5,7 +5,8 @@ token ids and how tokens are drawn; a slot's region is free again exactly when t
 
 Ordering. A descriptor is valid only if its check word fits, so its own words may land in any order. What it points at must be there
 before it: the arena is written, a lock is released and taken again (a full barrier on every machine Python runs on), then the
-descriptor is written. Records are the mirror image: `sequence` is stored last by the kernel, so the other words are read after it.
+descriptor is written. A record is eight tagged words, each read by one load: it is there when all eight carry its number, and then nothing
+of it can be old, in whatever order it came.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from imex_persist import abi
 from imex_persist.runtime.sampling import Sampling
 
 _WORDS = struct.Struct("16I")  # native: each word is one store
-_RECORD = struct.Struct("6IQ")
+_RECORD = struct.Struct("8Q")  # native: payload and tag of a word come by one load
 _MASK = 0xFFFFFFFF
 _DESCRIPTORS = abi.Mailbox.fields["descriptors"][1]
 _RECORDS = abi.Mailbox.fields["records"][1]
@@ -35,7 +36,7 @@ _HEARTBEAT, _READ, _STOP, _RESIDENT, _STEPS = (_header(f) for f in ("heartbeat",
 
 
 class RecordEntry(NamedTuple):
-    """abi.TokenRecord as a tuple."""
+    """What an abi.TokenRecord says."""
 
     sequence: int
     kind: int
@@ -44,6 +45,12 @@ class RecordEntry(NamedTuple):
     index: int
     finish: int
     time_ns: int
+
+    @classmethod
+    def of(cls, words: Sequence[int]) -> RecordEntry:
+        """From the eight words of one that is there."""
+        kind, request, token, index, finish, _, low, high = (word & _MASK for word in words)  # abi.RECORD_WORDS
+        return cls(words[0] >> 32, kind, request, token, index, finish, high << 32 | low)
 
     @property
     def finish_float(self) -> float:
@@ -77,7 +84,7 @@ class Mailbox:
             raise ValueError(f"a mailbox for {layout} needs {layout.nbytes} bytes: {len(view)} were given")
         self.layout = layout
         self._view = view
-        self._u4 = view.cast("I")
+        self._u4, self._u8 = view.cast("I"), view.cast("Q")
         self._posted = 0  # sequence number of the last descriptor
         self._acked = 0
         self._read = 0  # sequence number of the last record
@@ -171,25 +178,27 @@ class Mailbox:
     @property
     def has_record(self) -> bool:
         """Whether `poll` would find something; cheaper than to ask it."""
-        return self._u4[(_RECORDS + self._read % abi.RECORD_SLOTS * _RECORD.size) // 4] == (self._read + 1) & _MASK
+        return self._next_words() is not None
+
+    def _next_words(self) -> tuple[int, ...] | None:
+        """The words of the next record, once all of them are its own."""
+        sequence, offset = (self._read + 1) & _MASK, _RECORDS + self._read % abi.RECORD_SLOTS * _RECORD.size
+        if self._u8[offset // 8 + 7] >> 32 != sequence:  # most looks end here
+            return None
+        words = _RECORD.unpack_from(self._view, offset)
+        return words if min(words) >> 32 == sequence == max(words) >> 32 else None
 
     def poll(self, limit: int = abi.RECORD_SLOTS) -> list[RecordEntry]:
         """The records that have come since, at most `limit`, oldest first; acknowledgements are counted on the way."""
         found = []
-        while len(found) < limit:
-            sequence = (self._read + 1) & _MASK
-            offset = _RECORDS + (sequence - 1) % abi.RECORD_SLOTS * _RECORD.size
-            if self._u4[offset // 4] != sequence:
-                break
-            with self._fence:
-                pass
-            record = RecordEntry._make(_RECORD.unpack_from(self._view, offset))
+        while len(found) < limit and (words := self._next_words()):
+            record = RecordEntry.of(words)
             if record.kind == abi.Record.ACK:
                 self._acked = record.token
             found.append(record)
-            self._read = sequence
+            self._read = record.sequence
         if found:
-            with self._fence:  # the records are copied before their places are given back
+            with self._fence:  # the records are copied before their places are given back, and a slot's arena after its RELEASE
                 pass
             self._u4[_READ] = self._read
         return found
@@ -219,3 +228,4 @@ class Mailbox:
     def close(self) -> None:
         """Lets go of the memory. No thread may use the mailbox any more."""
         self._u4.release()
+        self._u8.release()

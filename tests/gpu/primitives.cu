@@ -294,7 +294,7 @@ KERNEL echo(const GRID_CONSTANT LaunchParams launch) {
   while (!load_relaxed_sys(mail + 1) && (timer_ns() - began) / 1000 < me.deadline_us) {
     const u32 bell = load_relaxed_sys(mail);
     if (bell != seen) store_release_sys(mail + 16, seen = bell);
-    mailbox_pause(0);
+    mailbox_pause();
   }
 }
 

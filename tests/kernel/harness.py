@@ -13,6 +13,7 @@ import numpy as np
 
 from imex_persist import abi, planner
 from imex_persist.model.packing import embed_is_lm_head, load_rank, rank_bytes, rope_positions
+from imex_persist.runtime.mailbox import RecordEntry
 from imex_persist.runtime.rank import RankMemory, launch_params
 from imex_persist.tap import tap_floats, tap_view
 
@@ -37,6 +38,17 @@ def pack_words(payload: np.ndarray, epoch: int) -> np.ndarray:
 def bf16_pairs(bits: np.ndarray) -> np.ndarray:
     """uint32 payloads of uint16 bf16 bits [..., n] -> [..., n / 2]."""
     return np.ascontiguousarray(bits).view(np.uint32)
+
+
+ENTRY = np.dtype([(name, np.uint64 if name == "time_ns" else np.uint32) for name in RecordEntry._fields])
+
+
+def whole_records(ring: np.ndarray) -> np.ndarray:
+    """ENTRY [n]: what the records say that are whole, in the order of their places."""
+    words = ring.view(np.uint64).reshape(-1, 8)
+    tags = words >> np.uint64(32)
+    whole = (tags[:, 0] != 0) & np.all(tags == tags[:, :1], 1)
+    return np.array([RecordEntry.of(line) for line in words[whole].tolist()], ENTRY)
 
 
 class KernelRun:
@@ -114,7 +126,7 @@ class KernelRun:
         for i, (command, fields) in enumerate([*commands, (abi.Command.SHUTDOWN, {})], len(requests) + 1):
             self._descriptor(mailbox, i, command, **fields)
         self.launch()
-        self.records = [r for r in mailbox["records"] if r["sequence"]]
+        self.records = whole_records(mailbox["records"])
         tokens: list[list[int]] = [[] for _ in requests]
         for record in self.records:
             if record["kind"] == abi.Record.TOKEN:

@@ -70,7 +70,10 @@ class Served(KernelRun):
         return self.engine.submit(Submission(tuple(prompt), max_tokens, **fields))
 
     def answer(self, prompt, max_tokens: int, **fields) -> list[int]:
-        return tokens_of(self.submit(prompt, max_tokens, **fields))
+        """Of a request that runs alone. Returns when it is released as well: only then all of its whole pages are kept."""
+        tokens = tokens_of(self.submit(prompt, max_tokens, **fields))
+        assert self.engine.drain(60), "it was not released"
+        return tokens
 
     def check_all_is_back(self, timeout_s: float = 60) -> None:
         """Every slot and every page, kept ones counted."""

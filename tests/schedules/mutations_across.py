@@ -10,7 +10,7 @@ IDLE = (
     "  if (m.num_blocks > 1 && m.index == --m.num_blocks) m.index = m.units;\n",
 )
 IDLE_CLAIMS = ("i < kClaims && per_use; i++)", "i < kClaims && per_use && m.index < m.units; i++)")
-ADMIT = "  fence_sys();  // the descriptor was seen: now what the host wrote before it is, too\n"
+ADMIT = "  fence_acquire_sys();  // the descriptor was seen: now what the host wrote before it is, too\n"
 SYNC_RENEW = "    consumer_sync();\n    ROLLED for (u32 r ="
 WORDS = (
     one("one_epoch_for_all_layers", "words of the layer before are taken for this one's", "block.cuh",
@@ -43,7 +43,9 @@ KV = (
     one("table_reader_without_fence", "page tables are read before this block has to see them", "plan.cuh",
         "if (pair == 0 && words[0][0] & kPlanNewPages) fence_sys();", "", **DRILL),
     one("table_writer_without_fence", "a plan overtakes the page table of its rows", "mailbox.cuh",
-        "  warp_sync();\n  fence_sys();\n  m.new_pages", "  warp_sync();\n  m.new_pages", **DRILL),
+        "    fence_sys();  // this lane's part of page tables", "    // this lane's part of page tables", **DRILL),
+    one("table_never_told", "no plan tells of the page table of a prompt from position 0", "mailbox.cuh",
+        "m.new_tables == NewTables::kPlanAfterNext ? NewTables::kNextPlan : NewTables::kNone;", "NewTables::kNone;", **DRILL),
     Mutation("append_before_o_proj", "pages are written while other blocks' copies of them are in flight",
              (("decode.cu", "    if (phase == Phase::kGateUp) append_kv(b);\n", "    if (phase == Phase::kQkv) append_kv(b);\n"),), **TSAN),
     gone("chunk_without_proxy_fence", "a bulk copy into a stage is not ordered after plain writes to it", "phases/attention.cuh",
@@ -53,21 +55,18 @@ MAILBOX = (
     one("two_steps_ahead", "a plan overwrites one that is not read yet", "mailbox.cuh",
         "m.published <= m.done + 1", "m.published <= m.done + 2"),
     one("step_not_awaited", "tokens are handed out before they are sampled", "mailbox.cuh",
-        "mbar_test_now({&b.shared->step_end[m.done & 1], m.done >> 1 & 1})", "true"),
+        "mbar_test_now({&m.shared->step_end[m.done & 1], m.done >> 1 & 1})", "true"),
     Mutation("one_token_buffer", "tokens of the next step overwrite those the mailbox still reads",
              (("phases/sample.cuh", "tokens[b.step & 1][row]", "tokens[0][row]"), ("plan.cuh", "tokens[(b.step & 1) ^ 1]", "tokens[0]"),
               ("mailbox.cuh", "m.shared->tokens[parity][r]", "m.shared->tokens[0][r]")), **TSAN),
-    Mutation("record_announced_first", "the host sees a record's number before its contents",
-             (("mailbox.cuh", "  store_release_sys(&r->sequence, sequence);\n", ""),
-              ("mailbox.cuh", "  store_relaxed_sys(&r->kind, (u32)kind);\n",
-               "  store_release_sys(&r->sequence, sequence);\n  store_relaxed_sys(&r->kind, (u32)kind);\n")), **DRILL),
+    one("record_tagged_early", "words of a record carry its number before they have what they are to say", "rings.cuh",
+        "  store_words((u64*)&r->token, token, index, sequence);\n", "  store_words((u64*)&r->token, 0, 0, sequence);\n"
+        "  store_words((u64*)&r->token, token, index, sequence);\n", **DRILL),
     gone("admit_without_fence", "the prompt is read before the descriptor that speaks of it", "mailbox.cuh", ADMIT, **DRILL),
     one("admit_with_gpu_fence", "wrong scope: what the host wrote is not ordered by a fence of the GPU", "mailbox.cuh",
-        ADMIT, ADMIT.replace("_sys", "_gpu"), **DRILL),
-    one("record_not_released", "a record's number is stored like the rest of it, in any order", "mailbox.cuh",
-        "store_release_sys(&r->sequence, sequence);", "store_relaxed_sys(&r->sequence, sequence);", **DRILL),
-    one("descriptor_not_checked", "half a line is taken for a descriptor", "mailbox.cuh",
-        " || d.check != descriptor_check(m.state->line)", "", **DRILL),
+        ADMIT, ADMIT.replace("_acquire_sys", "_gpu"), **DRILL),
+    one("descriptor_not_checked", "half a line is taken for a descriptor", "rings.cuh",
+        " || !check_fits(words, rings.lane)", "", **DRILL),
 )  # fmt: skip
 LEAVING = (
     gone("abort_not_looked_at", "a wait without a deadline outlives the kernel", "faults.cuh",

@@ -69,7 +69,7 @@ DEV bool look_until(Me& me, u32 expected, There there) {
     if (polls % kPollsPerCheck == 0 &&
         give_up(me.params, Phase::kEmbed, 0, Wait::kWords, false, partner_rank(me), expected, 0, began))
       return false;
-    mailbox_pause(polls);
+    mailbox_pause();
   }
   return true;
 }

@@ -32,7 +32,7 @@ LITMUS = {
     "kv": Litmus(2 * 256, ("NO_BARRIER", "NO_WRITER_PROXY", "NO_WRITER_FENCE", "NO_READER_FENCE", "NO_READER_PROXY"), (1,)),
     "fence": Litmus(1024, ("NO_WRITER_FENCE", "NO_READER_FENCE", "WRITER_SCOPE", "READER_SCOPE")),
     "poll": Litmus(16 * abi.CONSUMER_WARPS, ("NO_CHECK",)),
-    "record": Litmus(8 * THREADS, ("NO_RELEASE",)),
+    "record": Litmus(8 * THREADS, ("ONE_TAG",)),
 }
 
 

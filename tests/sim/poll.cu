@@ -11,11 +11,11 @@ DEV u32* line_of(const Me& me, u32 rank, u32 block) {
   return (u32*)((char*)me.params->peers[rank] + kFirstLine) + (block * kConsumerWarps + warp_index()) * 16;
 }
 DEV u32 word_of(u32 block) { return (block * kConsumerWarps + warp_index()) * 2; }
-DEV u32 check_of(const u32* line) {  // as mailbox.cuh has it
-  u32 check = kDescriptorMagic;
-  for (int i = 0; i < 15; i++) {
-    check = (check ^ line[i]) * kDescriptorFactor;
-    check ^= check >> 15;
+DEV u32 check_of(const u32* line) {  // as rings.cuh has it, by one thread
+  u32 check = 0;
+  for (u32 i = 0; i < 15; i++) {
+    const u32 mixed = (line[i] ^ (i + 1) * kDescriptorMagic) * kDescriptorFactor;
+    check += (mixed ^ mixed >> 15) * kDescriptorFactor;
   }
   return check;
 }
@@ -50,7 +50,7 @@ DEV bool swap(Me& me, u32 round) {
     if (warp_any(there)) break;
     if (warp_any(over)) return false;
     warp_sync();
-    mailbox_pause(polls);
+    mailbox_pause();
   }
   u32 wrong = 0;
   for (u32 i = 1 + lane; i < 15; i += LANES) wrong += copy[i] != payload_of(rank, block, i, epoch) % 8;

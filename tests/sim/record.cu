@@ -1,7 +1,7 @@
-// Litmus: a record is announced by its sequence word, stored last and with release. Every thread writes records into its partner's memory
-// and reads the partner's: when the sequence is the expected one, and after a fence, the other seven words are there.
-// A record is written again when the reader has answered with a word. BUG_NO_RELEASE stores the sequence like the rest.
-// Records: u32 [num_blocks, threads, 8] at 1 MB of symmetric memory.
+// Litmus: a record is eight tagged words, each a store of 64 bits. Every thread writes records into its partner's memory and reads the
+// partner's: when all eight tags are the expected one, all of it is there, without a fence and in whatever order the words came.
+// A record is written again when the reader has answered with a word. BUG_ONE_TAG takes it when the last word is there.
+// Records: u64 [num_blocks, threads, 8] at 1 MB of symmetric memory.
 #include "litmus.cuh"
 
 namespace imex {
@@ -11,21 +11,28 @@ constexpr u32 kFirstRecord = 1 << 20;
 DEV bool swap(Me& me, u32 round) {
   const u32 rank = partner_rank(me), block = partner_block(me), epoch = round + 1, thread = warp_index() * LANES + lane_index();
   auto record_of = [&](u32 r, u32 b) {
-    return (u32*)((char*)me.params->peers[r] + kFirstRecord) + (b * kLitmusThreads + thread) * 8;
+    return (u64*)((char*)me.params->peers[r] + kFirstRecord) + (b * kLitmusThreads + thread) * 8;
   };
   auto word_of = [&](u32 b) { return (b * kLitmusThreads + thread) * 2; };
-  u32* theirs = record_of(rank, block);
-  for (u32 i = 1; i < 8; i++) store_relaxed_sys(theirs + i, payload_of(me.params->rank, me.block, thread * 8 + i, epoch));
-#ifdef BUG_NO_RELEASE
-  store_relaxed_sys(theirs, epoch);
+  u64* theirs = record_of(rank, block);
+  for (u32 i = 0; i < 8; i += 2)
+    store_words(theirs + i, payload_of(me.params->rank, me.block, thread * 8 + i, epoch),
+                payload_of(me.params->rank, me.block, thread * 8 + i + 1, epoch), epoch);
+  const u64* mine = record_of(me.params->rank, me.block);
+  u64 word[8];
+  const bool there = look_until(me, epoch, [&] {
+    u32 fitting = 0;
+    for (u32 i = 0; i < 8; i += 2) load_words(mine + i, word[i], word[i + 1]);
+    for (u32 i = 0; i < 8; i++) fitting += (u32)(word[i] >> 32) == epoch;
+#ifdef BUG_ONE_TAG
+    return (u32)(word[7] >> 32) == epoch;
 #else
-  store_release_sys(theirs, epoch);
+    return fitting == 8;
 #endif
-  const u32* mine = record_of(me.params->rank, me.block);
-  if (!look_until(me, epoch, [&] { return load_relaxed_sys(mine) == epoch; })) return false;
-  fence_sys();
+  });
+  if (!there) return false;
   u32 wrong = 0;
-  for (u32 i = 1; i < 8; i++) wrong += load_relaxed_sys(mine + i) != payload_of(rank, block, thread * 8 + i, epoch);
+  for (u32 i = 0; i < 8; i++) wrong += (u32)word[i] != payload_of(rank, block, thread * 8 + i, epoch);
   if (wrong) atomic_add_gpu(counts(me) + kWrong, wrong);
   store_words(words_at(me, rank, word_of(block)), 0, 0, epoch);
   wait_one(me.waiter, me.words + word_of(me.block), epoch, rank);

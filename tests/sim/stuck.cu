@@ -26,8 +26,7 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams p) {
       return;
     case 4: {  // the host writes word 1; every consumer waits for what the mailbox then publishes
       if (warp_index() == kConsumerWarps + 1) {
-        u32 polls = 0;
-        while (!shuffle(load_relaxed_sys((u32*)(me.words + 1)), 0)) mailbox_pause(polls++);
+        while (!shuffle(load_relaxed_sys((u32*)(me.words + 1)), 0)) mailbox_pause();
         if (lane_index() == 0) store_words(me.words + 2, 0, 0, 5);
       }
       wait_one(me.waiter, me.words + 2, 5, 0, true);
