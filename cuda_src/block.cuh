@@ -15,6 +15,8 @@ struct Row {
   u32 page;       // KV page of this position
   u32 first_row;  // the first row of the same slot in this step; rows of a slot are neighbours, positions ascending
   u32 flags;      // kRowSamples, kRowDraws
+  u32 together;   // the first of so many rows that attention takes together (attention.cuh); of the others not used
+  u32 runs;       // that its context is cut into (kv.cuh)
 };
 
 // What a part slot holds, for the warp that adds it.

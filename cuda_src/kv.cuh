@@ -28,6 +28,17 @@ DEV int key_offset(int p, int d) {
 }
 DEV int value_offset(int p, int d) { return (kChunk * (int)shape().head_dim + d * kChunk + p) * 2; }
 
+// How a context is cut into runs that blocks attend to on their own: by the row's position alone, so that its bits do not depend on what
+// else is in the step.
+constexpr int kSoloChunks = 8;    // contexts up to here are one run: one chunk a warp, and no second merge
+constexpr int kMinRunChunks = 4;  // longer ones are cut into runs of at least so many chunks
+DEV int pages_per_run(u32 position) {
+  const int page_chunks = shape().page_size / kChunk, pages = position / shape().page_size + 1;
+  if ((int)position / kChunk < kSoloChunks) return pages;
+  return larger(divide_up(kMinRunChunks, page_chunks), divide_up(pages, shape().max_splits));
+}
+DEV int num_runs(u32 position) { return divide_up(position / shape().page_size + 1, pages_per_run(position)); }
+
 // The words of a row's k (or v) of one KV head in the QKV buffer: bf16 pairs [head_dim / 2].
 DEV u32 qkv_width() { return (shape().num_heads + 2 * shape().num_kv_heads) * shape().head_dim / 2; }
 DEV const u64* key_words(const Block& b, int row, int kv_head) {

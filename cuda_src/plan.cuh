@@ -1,6 +1,7 @@
 // The plan of a step: which rows it has. Rank 0's mailbox publishes it as words to every rank, one step ahead, so that all ranks run
 // the same rows and admission costs no latency; every block reads it here.
 #pragma once
+#include "kv.cuh"
 #include "trace.cuh"
 
 namespace imex {
@@ -40,9 +41,16 @@ DEV bool begin_step(Block& b) {
     row.slot = words[2] & kRowSlot;
     row.flags = words[2];
     row.page = words[3];
+    auto with = [&](int other) {  // of row r's slot
+      return other >= 0 && other < rows && (s.plan[kPlanHeaderWords + other * kPlanRowWords + 2] & kRowSlot) == row.slot;
+    };
+    auto chunk = [&](int other) { return s.plan[kPlanHeaderWords + other * kPlanRowWords + 1] / kChunk; };
     int first = r;
-    while (first > 0 && (words[2 - kPlanRowWords * (r - first + 1)] & kRowSlot) == row.slot) first--;
+    while (with(first - 1)) first--;
     row.first_row = first;
+    row.runs = num_runs(row.position);
+    row.together = 1;
+    while (row.together < shape().attention_rows && with(r + row.together) && chunk(r + row.together) == chunk(r)) row.together++;
   }
   const int turns = shape().head_dim / 2;
   ROLLED for (int i = b.thread; i < rows * turns; i += kConsumerThreads) {

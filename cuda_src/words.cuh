@@ -14,11 +14,9 @@ DEV void gather_batches(Block& b, u32 epoch, int count, Address address, Source 
   ROLLED for (int batch = 0; batch * kBatch < count; batch++) {
     const int base = batch * kBatch, left = count - base;
     u32 words[kBatch][2];
-    wait_words<kBatch>(
+    wait_words<kBatch, true>(
         b.waiter, Wait::kWords, false, epoch, left < kBatch ? left : kBatch, [&](int i) { return address(base + i); },
         [&](int i) { return source(base + i); }, words);
-    // Lanes leave a wait one by one, and would go on so, each with its own pass over what follows.
-    if (shape().max_rows > 1) warp_sync();
     UNROLL for (int i = 0; i < kBatch; i++) use(base + i, i < left, words[i][0], words[i][1]);
   }
 }

@@ -48,7 +48,8 @@ DEV u32 pack_bf16(float low, float high) {  // round to nearest even
 }
 DEV float fast_exp(float x) { return __expf(x); }
 DEV float reciprocal_sqrt(float x) { return rsqrtf(x); }
-DEV float natural_log(float x) { return logf(x); }  // of a positive number, to the last bits also near 1
+DEV float fast_divide(float a, float b) { return __fdividef(a, b); }  // 0 where |b| is above 2^126
+DEV float natural_log(float x) { return logf(x); }                    // of a positive number, to the last bits also near 1
 
 // ---------------------------------------------------------------------------------------------- global memory
 // Constants of the run (weights, norms, RoPE): never written while the kernel is resident, so the read-only path may cache them.
@@ -140,6 +141,9 @@ DEV void clock_when(u32 tag, u32 epoch, u32& clock) {
                : "r"(tag), "r"(epoch)
                : "memory");
 }
+DEV bool warp_any(bool v) { return __any_sync(~0u, v); }  // also brings the lanes together
+DEV bool warp_all(bool v) { return __all_sync(~0u, v); }
+
 }  // namespace imex
 #include "waiting.cuh"
 namespace imex {
@@ -160,7 +164,6 @@ DEV bool consumer_any(bool mine) {  // a barrier, and whether any consumer said 
   return any;
 }
 DEV void warp_sync() { __syncwarp(); }
-DEV bool warp_any(bool v) { return __any_sync(~0u, v); }  // also brings the lanes together
 DEV u32 shuffle(u32 v, int lane) { return __shfl_sync(~0u, v, lane); }
 DEV float lanes_sum(float v, int lanes) {  // over groups of so many neighbouring lanes, a power of two; all lanes call it
   for (int o = lanes / 2; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);

@@ -23,8 +23,9 @@ DEV void stand_still(u32 ns) {
 constexpr u32 kPollsPerCheck = 256;  // the abort word and the clock are looked at this seldom, off the fast path
 
 // Waits until the words at address(0) .. address(count - 1) and their right neighbours all carry `epoch`; payloads in `out`.
-// All loads of a poll are in flight together. count <= N; source(i) names the rank that owes word i.
-template <int N, class Address, class Source>
+// All loads of a poll are in flight together. count <= N; source(i) names the rank that owes word i. With kTogether, whole warps call it and
+// all lanes leave at once: one that left alone would go on alone, and what follows be done once for each.
+template <int N, bool kTogether = false, class Address, class Source>
 DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source, u32 (&out)[N][2]) {
   u64 word[N][2] = {};
   auto ready = [&] {  // all again each time: to remember which are there costs more than their loads (docs/performance.md)
@@ -37,7 +38,11 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
   };
   u64 began_ns = 0;
   u32 polls = 0, began = 0;
-  while (!ready() && !w.failed) {
+  for (;;) {
+    const bool here = ready();
+    if (kTogether ? warp_all(here) : here) break;
+    if (kTogether) w.failed = warp_any(w.failed);
+    if (w.failed) break;
     if (shape().trace && polls == 0) began = clock_low();  // a wait is timed only if its first poll fails
     if (++polls % kPollsPerCheck) continue;
     if (!began_ns) began_ns = timer_ns();

@@ -13,9 +13,7 @@
 
 namespace imex {
 
-constexpr int kMaxHeads = 16;       // queries of one item: the tensor core's m = 16 operand
-constexpr int kSoloChunks = 8;      // contexts up to here are one run: one chunk a warp, and no second merge
-constexpr int kMinSplitChunks = 4;  // longer ones are cut into runs of at least so many chunks
+constexpr int kMaxHeads = 16;  // queries of one item: the tensor core's m = 16 operand
 
 struct Item {
   int row, rows;                   // neighbours
@@ -29,34 +27,18 @@ struct Item {
 
 DEV int group_size() { return shape().num_heads / shape().num_kv_heads; }
 DEV int head_blocks() { return divide_up(group_size(), kMaxHeads); }  // items of one KV head: more than one only above 16 heads
-DEV int pages_per_split(u32 position) {
-  const int page_chunks = shape().page_size / kChunk, pages = position / shape().page_size + 1;
-  if ((int)position / kChunk < kSoloChunks) return pages;
-  return larger(divide_up(kMinSplitChunks, page_chunks), divide_up(pages, shape().max_splits));
-}
-DEV int num_splits(u32 position) { return divide_up(position / shape().page_size + 1, pages_per_split(position)); }
-
-// How many rows from `row` on share an item: their contexts are cut alike, since their last positions are in one page.
-DEV int rows_together(const Block& b, int row) {
-  const Row* first = b.shared->rows + row;
-  int count = 1;
-  while (count < (int)shape().attention_rows && row + count < num_rows(b) && first[count].first_row == first->first_row &&
-         first[count].position / kChunk == first->position / kChunk)
-    count++;
-  return count;
-}
 // Item number `index` of the step; false when there is none.
 DEV bool find_item(const Block& b, int index, Item& item) {
   const int groups = shape().num_kv_heads * head_blocks();
   ROLLED for (int row = 0; row < num_rows(b); row += item.rows) {
-    item.rows = rows_together(b, row);
-    const u32 position = b.shared->rows[row].position;
-    const int splits = num_splits(position), items = groups * splits;
+    item.rows = b.shared->rows[row].together;
+    const int splits = b.shared->rows[row].runs, items = groups * splits;
     if (index >= items) {
       index -= items;
       continue;
     }
-    const int group = index / splits, per = pages_per_split(position), part = group % head_blocks();
+    const u32 position = b.shared->rows[row].position;
+    const int group = index / splits, per = pages_per_run(position), part = group % head_blocks();
     item.row = row;
     item.kv_head = group / head_blocks();
     item.first_head = item.kv_head * group_size() + part * kMaxHeads;
@@ -210,7 +192,7 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
       sum += weight * of[dim + 1];
     }
     if (item.splits == 1) {
-      put_output(b, row, head, d, {v.x / sum, v.y / sum}, epoch);
+      put_output(b, row, head, d, {fast_divide(v.x, sum), fast_divide(v.y, sum)}, epoch);
     } else {
       u64* to = own_words(b, split_words(row, head, item.split));
       store_words(to + d, float_bits(v.x), float_bits(v.y), epoch);
@@ -227,7 +209,7 @@ DEV void merge_splits(Block& b, u32 epoch) {
   const int dim = shape().head_dim, pairs = shape().num_heads * dim / 2;
   int turn = b.index + shape().num_blocks * b.warp, row = 0;  // of the warp, among the row's
   ROLLED while (row < num_rows(b)) {
-    const int splits = num_splits(b.shared->rows[row].position);
+    const int splits = b.shared->rows[row].runs;
     int lanes = 1;  // of a pair
     while (lanes < splits && lanes < LANES) lanes *= 2;
     const int at_once = LANES / lanes, turns = splits > 1 ? divide_up(pairs, at_once) : 0;
@@ -244,7 +226,7 @@ DEV void merge_splits(Block& b, u32 epoch) {
       if (j * lanes >= splits) continue;
       const u64* from = own_words(b, split_words(row, head, smaller(split, splits - 1)));
       u32 words[2][2];
-      wait_words<2>(
+      wait_words<2, true>(
           b.waiter, Wait::kWords, false, epoch, 2, [&](int i) { return from + (i ? dim : d); }, [&](int) { return b.params->rank; },
           words);
       if (split >= splits) continue;
@@ -262,7 +244,7 @@ DEV void merge_splits(Block& b, u32 epoch) {
     v.x = lanes_sum(v.x, lanes);
     v.y = lanes_sum(v.y, lanes);
     sum = lanes_sum(sum, lanes);
-    if (b.lane % lanes == 0 && mine < pairs && !b.waiter.failed) put_output(b, row, head, d, {v.x / sum, v.y / sum}, epoch);
+    if (b.lane % lanes == 0 && mine < pairs && !b.waiter.failed) put_output(b, row, head, d, {fast_divide(v.x, sum), fast_divide(v.y, sum)}, epoch);
     turn += shape().num_blocks * kConsumerWarps;
   }
 }

@@ -17,7 +17,7 @@ DEV Matrix gate_up_matrix(const Block& b) {
           2 * (int)b.waiter.layer + 1};
 }
 
-DEV float silu(float x) { return x / (1.f + fast_exp(-x)); }
+DEV float silu(float x) { return fast_divide(x, 1.f + fast_exp(-x)); }
 
 DEV void emit_gate_up(Block& b, int unit, int slot) {
   const int width = shape().intermediate_size / 2, rows = num_rows(b);

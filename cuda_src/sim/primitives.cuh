@@ -74,6 +74,7 @@ DEV float fast_exp(float x) {  // 2^n * e^f with a polynomial: the same bits wit
   return x < -87.f ? 0.f : x > 88.7f ? INFINITY : e;
 }
 DEV float reciprocal_sqrt(float x) { return 1.f / __builtin_sqrtf(x); }
+DEV float fast_divide(float a, float b) { return a / b; }
 DEV float natural_log(float x) {  // of a positive normal number; log(2^n m), m in [0.7, 1.4), with a polynomial as above
   const u32 shifted = float_bits(x) - 0x3f3504f3u;
   const float n = (float)((int)shifted >> 23), f = bits_float((shifted & 0x7fffffu) + 0x3f3504f3u) - 1.f, z = f * f;
@@ -213,7 +214,7 @@ DEV_CALL bool park_once(Waiter& w, sim::Park how, sim::WaitNote& note) {
   return false;
 }
 
-template <int N, class Address, class Source>
+template <int N, bool kTogether = false, class Address, class Source>
 DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source, u32 (&out)[N][2]) {
   u64 word[N][2];
   sim::WaitNote note{};
