@@ -320,8 +320,8 @@ DEV bool all_free(const MailboxWarp& m) {
 
 enum class News : u32 { kNone, kDescriptor, kStepEnd, kCheck };
 
-// Looks until there is something to do, or only `once`; all lanes. While a step runs, mostly for its end: a descriptor that comes then waits for the plan
-// after next anyway, and its poll would hold up the tokens for a round trip to the host.
+// Looks until there is something to do, or only `once`; all lanes. While a step runs, mostly for its end: a descriptor that comes then waits
+// for the plan after next anyway, and its poll would hold up the tokens for a round trip to the host.
 DEV News await_news(MailboxWarp& m, bool once) {
   ROLLED for (;;) {
     mailbox_pause();

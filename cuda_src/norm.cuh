@@ -66,6 +66,7 @@ DEV float add_to_residual(Block& b, int row, int quad, float4 sum, bool live, bo
 //   - `embed`'s over the LM head's: publish_best waited for candidates_ready, to which every adder comes after its last unit. Without an LM
 //     head there are no sums of it, and down_proj's exchange was taken in all the same.
 // A warp that gave up waits for nothing. Its block then leaves without its word of `sample`, so no token comes of what an adder read.
+//
 // A warp's share of a row's sum of squares; every lane calls it, before it hands over a unit of the phase. Which lane adds what is the same
 // for every row (quad_of), so that a row's bits do not depend on its company.
 DEV void put_row_sum(Block& b, int row, float sum) {

@@ -17,6 +17,7 @@ MAX_USEFUL_STAGES = 12  # more buffered tiles did not help (docs/performance.md)
 MIN_STAGES = 4
 ONE_SHOT_WORDS = 8192  # words a block can read in one shot before a slice owner is faster (docs/performance.md)
 LONG_UNIT_TILES = 7  # a unit of down_proj that is longer should be cut (docs/performance.md)
+SHORT_LAYER_US = 16.0  # of reading a layer's weights: below it two tiles in flight are better (docs/performance.md)
 LATENCY_US = 1.1  # of a bulk copy from memory that others are using too
 USUAL_WINDOW = 3  # tiles in flight where the memory is not known
 QUERIES = 16  # of an item of attention: what the tensor core's operand holds (kMaxHeads in cuda_src/phases/attention.cuh)
@@ -141,22 +142,26 @@ def make_shape(
 
 def _window(s, machine: Machine) -> int:
     """Tiles in flight a block that keep the memory busy, within a tenth; more would only queue in front of everybody's words. Two at
-    least: a group of two tiles waits for both."""
-    tile = min(abi.STAGE_BYTES, 2 * abi.UNIT_ROWS * int(s["hidden_size"]))
+    least: a group of two tiles waits for both. Two where a layer has so few weights that it is the words that are waited for."""
+    hidden, heads = int(s["hidden_size"]), int(s["head_dim"]) * (2 * int(s["num_heads"]) + 2 * int(s["num_kv_heads"]))
+    tile = min(abi.STAGE_BYTES, 2 * abi.UNIT_ROWS * hidden)
     needed = machine.memory_tb_s * 1e6 * LATENCY_US / int(s["num_blocks"]) / tile if machine.memory_tb_s else USUAL_WINDOW
+    layer_bytes = 2 * hidden * (heads + 3 * int(s["intermediate_size"]))
+    if layer_bytes < machine.memory_tb_s * 1e6 * SHORT_LAYER_US:
+        needed = 2
     return min(max(2, math.ceil(needed - 0.1)), int(s["ring_stages"]) - 1)
 
 
 def _finer_slices_help(s) -> bool:
     """Whether twice the slices of down_proj are better. Blocks should end together, which they do not where units are long; and with many
-    rows on one rank, with blocks enough to be dealt evenly, each gathers half of the activations then. Not if it costs a step of one row
+    rows, with blocks enough to be dealt evenly, each gathers half of the activations then. Not if it costs a step of one row
     the single hop of its exchange, and not where every block adds all sources in every step."""
     slices, world, rows = int(s["down_slices"]), int(s["world_size"]), int(s["max_rows"])
     tiles, words = int(s["intermediate_size"]) / slices / abi.TILE_K, int(s["hidden_size"]) * world * slices
     if words <= ONE_SHOT_WORDS < 2 * words:
         return False
     whole = s["strategy"] == abi.Strategy.SEMAPHORE or s["one_shot_rows"] == rows
-    gathers_less = rows > abi.FEW_ROWS and world == 1 and not whole and s["num_blocks"] >= 16 * slices and tiles >= 2
+    gathers_less = rows > abi.FEW_ROWS and not whole and s["num_blocks"] >= 16 * slices and tiles >= 2
     return tiles > LONG_UNIT_TILES or gathers_less
 
 

@@ -14,7 +14,7 @@ from imex_persist import abi
 from imex_persist.errors import FaultError
 from imex_persist.runtime.allocator import pages_needed
 
-SPINS_PER_CHECK = 1 << 14  # empty looks between two at the clock and at the group's health
+LOOKS = 1 << 14  # empty ones between two at the clock and at the group's health
 LIMIT_S = 900.0  # of one run
 _ids = itertools.count(1 << 30)  # apart from the engine's
 
@@ -48,7 +48,7 @@ def drive(llm, prompt_lens: list[int], num_tokens: int, in_the_middle: Callable[
     left, half = len(sequences), num_tokens // 2
     wait = Patience(llm)
     while left:
-        if not mailbox.has_record:
+        if not mailbox.await_record(LOOKS):
             wait()
             continue
         now = time.perf_counter_ns()
@@ -67,18 +67,17 @@ def drive(llm, prompt_lens: list[int], num_tokens: int, in_the_middle: Callable[
     return sequences
 
 
-def noops(llm, count: int, pause_s: float = 0.0) -> list[int]:
+def noops(llm, count: int, pause: Callable[[], None] = lambda: None) -> list[int]:
     """Round trips of a descriptor that does nothing, in ns: stored here, taken by the kernel, its acknowledgement seen here."""
     mailbox = llm.group.mailbox
     times = []
     for _ in range(count):
-        if pause_s:
-            time.sleep(pause_s)
+        pause()
         entry = mailbox.prepare(abi.Command.NOOP)
         wait = Patience(llm)
         began = time.perf_counter_ns()
         mailbox.post(entry)
-        while not mailbox.has_record:
+        while not mailbox.await_record(LOOKS):
             wait()
         times.append(time.perf_counter_ns() - began)
         mailbox.poll()
@@ -86,15 +85,12 @@ def noops(llm, count: int, pause_s: float = 0.0) -> list[int]:
 
 
 class Patience:
-    """Called at every look that found nothing; raises FaultError when the ranks have ended or nothing comes for too long."""
+    """Called when LOOKS found nothing; raises FaultError when the ranks have ended or nothing comes for too long."""
 
     def __init__(self, llm):
-        self._llm, self._spins, self._limit = llm, 0, time.monotonic() + LIMIT_S
+        self._llm, self._limit = llm, time.monotonic() + LIMIT_S
 
     def __call__(self) -> None:
-        self._spins += 1
-        if self._spins % SPINS_PER_CHECK:
-            return
         if self._llm.group.error is not None:
             raise self._llm.group.error
         if time.monotonic() > self._limit:
