@@ -26,15 +26,18 @@ DEV bool open_norm(Block& b) {
 DEV void close_norm(Block& b) {
   ROLLED for (int i = 0; i < norm_stages(); i++) release_stage(b);
 }
-// A quad times the norm's weights for it, rounded.
-DEV u64 weigh(const Block& b, int quad, u64 v) {
+// The norm's weights for a quad.
+DEV u64 norm_weights(const Block& b, int quad) {
   int stage = b.ring.stage;
   if (norm_stages() > 1) {
     stage += quad / kStageQuads;
     if (stage >= (int)shape().ring_stages) stage -= shape().ring_stages;
   }
-  const u64 w = ((const u64*)ring_stage(b, stage))[quad % kStageQuads];
-  return (u64)multiply_bf16((u32)(v >> 32), (u32)(w >> 32)) << 32 | multiply_bf16((u32)v, (u32)w);
+  return ((const u64*)ring_stage(b, stage))[quad % kStageQuads];
+}
+// A quad times its weights, rounded.
+DEV u64 weigh(u64 v, u64 weights) {
+  return (u64)multiply_bf16((u32)(v >> 32), (u32)(weights >> 32)) << 32 | multiply_bf16((u32)v, (u32)weights);
 }
 
 // A kernel of one row, whose norms are on the critical path, weighs a quad while it is in registers. With more rows that would be much code
@@ -44,7 +47,7 @@ DEV bool weighs_at_once() { return shape().max_rows == 1; }
 // Puts a quad of the rounded residual, if it is `live`, among the activations. In a kernel that weighs at once, returns its squares.
 DEV float put_residual(Block& b, int row, int quad, u64 v, bool live, bool weighs) {
   u64 put = v;
-  if (weighs_at_once() && weighs && live) put = weigh(b, quad, v);
+  if (weighs_at_once() && weighs && live) put = weigh(v, norm_weights(b, quad));
   if (live) put_quad(b, row, quad, put);
   return weighs_at_once() && live ? quad_squares(v) : 0.f;
 }
@@ -73,20 +76,27 @@ DEV void put_row_sum(Block& b, int row, float sum) {
   sum = warp_sum(sum);
   if (b.lane == 0) b.shared->norm_sums[row][b.warp] = sum;
 }
-// Weighs the activations, which are the rounded residual, each thread the quads that it put there itself, and sums up their squares.
+// Weighs the activations, which are the rounded residual, each thread the quads that it put there itself, and sums up their squares. Four
+// rows at a time, their loads before the stores: the compiler cannot know that a store leaves what is loaded next alone.
 DEV void weigh_rows(Block& b) {
-  const int quads = shape().hidden_size / 4;
-  ROLLED for (int row = 0; row < num_rows(b); row++) {
-    float squares = 0.f;
+  constexpr int kAtOnce = 4;
+  const int quads = shape().hidden_size / 4, rows = num_rows(b);
+  ROLLED for (int first = 0; first < rows; first += kAtOnce) {
+    auto row = [&](int i) { return (int)smaller(first + i, rows - 1); };  // beyond the last the last again, in vain
+    float squares[kAtOnce] = {};
     for (int i = 0; i < quads_per_thread(quads); i++) {
       const int quad = quad_of(b, i);
-      u64* at = quad_at(b, row, quad);
-      u64 v = 0;
-      if (is_quad(quad, quads)) v = *at;
-      squares += quad_squares(v);
-      if (is_quad(quad, quads)) *at = weigh(b, quad, v);
+      if (!is_quad(quad, quads)) continue;
+      u64 v[kAtOnce];
+      UNROLL for (int j = 0; j < kAtOnce; j++) v[j] = *quad_at(b, row(j), quad);
+      const u64 weights = norm_weights(b, quad);
+      UNROLL for (int j = 0; j < kAtOnce; j++) {
+        squares[j] += quad_squares(v[j]);
+        v[j] = weigh(v[j], weights);
+      }
+      UNROLL for (int j = 0; j < kAtOnce; j++) *quad_at(b, row(j), quad) = v[j];
     }
-    put_row_sum(b, row, squares);
+    UNROLL for (int j = 0; j < kAtOnce; j++) put_row_sum(b, row(j), squares[j]);
   }
 }
 // The end of a residual's way into the activations: `squares` are this thread's of a row that was weighed at once. Gives the norm's weights

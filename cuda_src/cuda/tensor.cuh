@@ -147,7 +147,7 @@ DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, in
   u32 p[2][4];
   UNROLL for (int h = 0; h < 2; h++) {
     float m = f.max[h];
-    const int seen = valid + mine[h] / heads;
+    const int seen = shape().attention_rows > 1 ? valid + mine[h] / heads : valid;
     UNROLL for (int u = 0; u < 4; u++) UNROLL for (int j = 0; j < 2; j++) {
       float& v = s[u][2 * h + j];  // position 8 * quarter + 2 * u + j
       v = 8 * quarter + 2 * u + j < seen ? v * scale : kMinusInfinity;

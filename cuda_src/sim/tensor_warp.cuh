@@ -115,7 +115,7 @@ DEV void accum_store(const Accum& acc, float* part, int rows) {
   }
 }
 
-// One warp's running softmax over the chunks it has seen, for up to 16 query heads of one KV head.
+// One warp's running softmax over the chunks it has seen, for up to 16 queries of one KV head.
 struct Flash {
   float max[kMaxRows], sum[kMaxRows];
   float out[kMaxRows][kMaxHeadDim];
@@ -127,9 +127,8 @@ DEV void flash_zero(Flash& f) {
 // As on a GPU. q: bf16 [head_dim / 32, queries, 32]; chunk: 32 positions, K then V in the order of packing.py.
 DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, int heads, int valid, float scale) {
   const int dim = (int)shape().head_dim, segments = dim / 32;
-  const auto seen = [&](int query) { return std::min(kChunk, valid + query / heads); };
   float score[kMaxRows][kChunk];
-  for (int p = 0; p < seen(queries - 1); p++) {
+  for (int p = 0; p < kChunk && p < valid + (queries - 1) / heads; p++) {
     const int unit = p % 8 / 2, n = p / 8 * 2 + p % 2;  // where packing.py puts position p of K
     Wide k[kMaxHeadDim / 32];
     for (int s = 0; s < segments; s++) k[s] = widen(chunk + ((size_t)(unit * segments + s) * 8 + n) * 64);
@@ -146,7 +145,7 @@ DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, in
   Wide weight[kMaxRows];  // what the softmax gives each position, rounded to bf16 like the GPU's operand
   for (int h = 0; h < queries; h++) {
     float m = f.max[h], sum = 0.f, even[16], odd[16];
-    for (int p = seen(h); p < kChunk; p++) score[h][p] = kMinusInfinity;
+    for (int p = valid + h / heads; p < kChunk; p++) score[h][p] = kMinusInfinity;
     for (int p = 0; p < kChunk; p++) m = score[h][p] > m || score[h][p] != score[h][p] ? score[h][p] : m;
     for (int p = 0; p < kChunk; p++) score[h][p] = fast_exp(score[h][p] - m);
     for (int p = 0; p < kChunk; p++) sum += score[h][p];

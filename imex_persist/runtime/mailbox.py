@@ -183,7 +183,7 @@ class Mailbox:
     def await_record(self, looks: int) -> bool:
         """Whether there is something to `poll` within so many looks, each as short as Python can make it."""
         words, at, tag = self._u8, (_RECORDS + self._read % abi.RECORD_SLOTS * _RECORD.size) // 8 + 7, (self._read + 1) & _MASK
-        for _ in range(looks):  # noqa: SIM110: a generator takes longer
+        for _ in range(looks):  # noqa: SIM110  a generator takes longer
             if words[at] >> 32 == tag and self._next_words():
                 return True
         return False
