@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from imex_persist.observe.units import us
+
 WRAP = 1 << 32
 LONGEST_GAP_NS = 1e9  # between two pairs: a clock of 2 GHz must not wrap twice. After a longer one a new run begins
 WINDOW = 8  # pairs on each side, at most, that a pair's line is drawn through
@@ -34,10 +36,22 @@ ALIGNMENT = np.dtype([(name, "i8") for name in ("rank", "partner", "step", "aske
 class Errors:
     """How far off the axis may be, in µs, as far as comparisons tell."""
 
-    blocks: float = 0.0  # of a block against its rank's block 0, as words before steps tell: half their way is in it
+    # Of a block against its rank's block 0, as words before steps tell: each block's median, and of these the largest. So one answer that
+    # came late does not decide it, and one block whose clock is wrong does. How unlike the words' two ways are is in it.
+    blocks: float = 0.0
     ranks: float = 0.0  # of a rank's timer against rank 0's: half the round trips that were used
     drift: float | None = 0.0  # of a comparison of timers from the line through all; None: too few to say
     timer: float = 0.0  # of a pair from the line between those beside it, 99 of 100 times; half a tick of the timer at least
+
+    @property
+    def text(self) -> str:
+        """What console and page say of them; nothing where all have one clock."""
+        if not self.timer:
+            return ""
+        starts = [f"{name} within {us(value)}" for name, value in (("blocks", self.blocks), ("ranks", self.ranks)) if value]
+        line = f" (their comparisons keep to a line within {us(self.drift)})" if self.ranks and self.drift is not None else ""
+        begin = f"where steps begin: {', '.join(starts)}{line}; " if starts else ""
+        return f"Clocks agree {begin}within a step: {us(self.timer)}."
 
 
 class _Pairs:
@@ -128,7 +142,7 @@ class AlignedClocks:
                 self._lines[key] = _Line(self._pairs.ticks[group].astype(np.float64), smooth[group], 1 / self.ghz[key[1]])
         self._trips: list[float] = []
         self._drifts: list[float] = []
-        self._apart: list[float] = []  # blocks of a rank, by words
+        self._apart: dict[tuple[int, int], list[float]] = {}  # (rank, block) -> from its rank's block 0, by words
         compared: dict[int, list[np.ndarray]] = {rank: [] for rank in range(1, world_size)}  # its timer; what rank 0's is more
         for run in np.unique(self._pairs.run).tolist():
             for rank in range(world_size):
@@ -139,7 +153,8 @@ class AlignedClocks:
         self._offsets = {0: np.zeros(1)}  # rank -> polynomial to add to its timer
         for rank, found in compared.items():
             self._offset(rank, np.concatenate([np.zeros((2, 0)), *found], axis=1))
-        apart, ranks = max(self._apart, default=0.0), max(self._trips, default=0.0) / 2
+        apart = max((float(np.median(found)) for found in self._apart.values() if found), default=0.0)
+        ranks = max(self._trips, default=0.0) / 2
         self.errors = Errors(apart, ranks, max(self._drifts, default=None), self._between())
 
     def place(self, rank, block, step, clock) -> np.ndarray:
@@ -260,7 +275,7 @@ class AlignedClocks:
         for block in np.unique(asked["partner"]).tolist():
             middle, answered = self._moments(run, asked[asked["partner"] == block], rank, block)
             apart = np.abs(middle - answered)
-            self._apart += (apart[np.isfinite(apart)] / 1e3).tolist()
+            self._apart.setdefault((rank, block), []).extend((apart[np.isfinite(apart)] / 1e3).tolist())
 
 
 def signed(clocks: np.ndarray, wrap: int = WRAP) -> np.ndarray:

@@ -25,7 +25,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, default=DEFAULT_TOKENS, metavar="N", help="tokens to generate (default %(default)s)")
     add("--ceiling", type=float, metavar="GB/S", help="memory bandwidth of a GPU, to set the achieved beside")
     add("--step", type=int, metavar="N", help="the step of the pictures (default: the typical one)")
-    add("--layers", metavar="A-B", help="of them, layers A to B in the picture of --svg (default: all)")
+    add("--layers", metavar="A-B", help="of them, layers A to B in the picture of --svg (default: all; arrows where few)")
     add("--json", action="store_true", help="print one JSON object with the same numbers")
     add("--out", metavar="FILE", help="write Chrome trace JSON, for ui.perfetto.dev")
     add("--html", metavar="FILE", help="write a page of one step, with zoom; it needs no network")

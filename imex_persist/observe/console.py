@@ -12,11 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from imex_persist.observe.clocks import Errors
 from imex_persist.observe.path import KIND_TEXT, KINDS
+from imex_persist.observe.spans import OF_NO_LAYER
+from imex_persist.observe.units import rate, size, us
 
 WIDTH = 80
 BLOCKS = " ▁▂▃▄▅▆▇█"
 HOPS = (("local", "inside a rank"), ("peers", "between ranks"))
+NO_LAYER = {phase.name.lower() for phase in OF_NO_LAYER}
+LEAST_EXCESS = 0.01  # of a step: a block that holds it less is not worth a line
 
 
 def make_console(file=None) -> Console:
@@ -27,21 +32,6 @@ def make_console(file=None) -> Console:
         file=file, width=None if terminal else WIDTH, no_color=bool(os.environ.get("NO_COLOR")) or not terminal, highlight=False,
         force_terminal=terminal, soft_wrap=False,
     )  # fmt: skip
-
-
-def us(value: float | None) -> str:
-    """Three digits: "0.42 µs", "87.3 µs", "1.20 ms"."""
-    if value is None:
-        return "unknown"
-    for limit, scale, unit in ((1e3, 1.0, "µs"), (1e6, 1e3, "ms"), (float("inf"), 1e6, "s")):
-        if abs(value) < limit:
-            number = value / scale
-            return f"{number:.{2 if abs(number) < 10 else 1 if abs(number) < 100 else 0}f} {unit}"
-    return "unknown"
-
-
-def size(count: float) -> str:
-    return f"{count / 1e6:.3g} MB" if count >= 1e5 else f"{count / 1e3:.3g} kB" if count else "-"
 
 
 def histogram(values: list[float], bins: int = 40) -> str:
@@ -103,20 +93,17 @@ def note(console: Console, text: str) -> None:
 
 
 def _head(console: Console, r: dict, title: str) -> None:
-    s, gap, e, h = r["step_us"], r["gap_us"], r["clock_error_us"], r["hops"]
+    s, gap, e, h = r["step_us"], r["gap_us"], Errors(**r["clock_error_us"]), r["hops"]
     heading(console, f"Trace of {title}")
     console.print(f"Times are {r['axis']}.")
     lost = f", {r['lost_steps']} lost (raise --trace-events or --trace-every)" if r["lost_steps"] else ""
     console.print(f"{r['steps']} decode steps{lost}.")
-    if e["blocks"]:
-        ranks = f", of ranks within {us(e['ranks'])}" if e["ranks"] else ""
-        drift = f", wavering by {us(e['drift'])}" if ranks and e["drift"] is not None else ""
-        console.print(
-            f"Where steps begin, clocks of blocks agree within {us(e['blocks'])}{ranks}{drift}; within a step {us(e['timer'])}."
-        )
+    if e.text:
+        console.print(e.text)
     shortest = [f"{us(h[f'shortest_{k}_us'])} {text}" for k, text in HOPS if h[f"shortest_{k}_us"] is not None]
     if shortest:
-        console.print(f"Shortest hop {', '.join(shortest)}; {h['contradictions']} of {h['checked']} contradict.")
+        console.print(f"Shortest hop {', '.join(shortest)}.")
+        console.print(f"{h['contradictions']} of {h['checked']} words seen before they left.")
     console.print(f"\nstep   p50 {us(s['p50'])}   p90 {us(s['p90'])}   p99 {us(s['p99'])}   max {us(s['max'])}")
     each = r["step_us_each"]
     if each:
@@ -127,7 +114,7 @@ def _head(console: Console, r: dict, title: str) -> None:
     if r["floor_us"]:
         p50 = s["p50"] + gap["p50"]
         console.print(
-            f"floor  {us(r['floor_us'])}: {size(r['bytes'])} at {r['ceiling_gbs']:.0f} GB/s ({r['ceiling_source']}); "
+            f"floor  {us(r['floor_us'])}: {size(r['bytes'])} at {rate(r['ceiling_gbs'])} ({r['ceiling_source']}); "
             f"step and gap are {p50 / r['floor_us']:.2f} of it"
         )
     console.print()
@@ -152,17 +139,19 @@ def _where(console: Console, r: dict) -> None:
 
 
 def _phases(console: Console, r: dict) -> None:
-    heading(console, "What the phases read, and what an average block waits for")
-    out = table("phase", "bytes", "GB/s", "of ceiling", "tiles", "words", "peers")
+    heading(console, "What the phases read in a step, and what an average block waits for in it")
+    out = table("phase", "bytes", "rate", "of ceiling", "tiles", "words", "peers")
     for p in r["phases"]:
         ceiling = "unknown" if p["ceiling_gbs"] is None else f"{p['gbs'] / p['ceiling_gbs']:.0%}"
         out.add_row(
-            p["phase"], size(p["bytes"]), f"{p['gbs']:.3g}" if p["bytes"] else "-", ceiling if p["bytes"] else "-",
+            p["phase"], size(p["bytes"]), rate(p["gbs"]) if p["bytes"] else "-", ceiling if p["bytes"] else "-",
             us(p["wait_tiles_us"]), us(p["wait_words_us"]), us(p["wait_peers_us"]),
         )  # fmt: skip
     console.print(out)
-    known = "see --ceiling" if r["ceiling_gbs"] is None else f"{r['ceiling_gbs']:.0f} GB/s, {r['ceiling_source']}"
-    note(console, f"bytes: one rank's. GB/s: by the time on the path. ceiling: {known}.")
+    known = "see --ceiling" if r["ceiling_gbs"] is None else f"{rate(r['ceiling_gbs'])}, {r['ceiling_source']}"
+    note(console, f"bytes: one rank's. rate: by the time on the path. ceiling: {known}.")
+    if any(p["ceiling_gbs"] and p["gbs"] >= 1.005 * p["ceiling_gbs"] for p in r["phases"]):
+        note(console, "Above 100%: its tiles were fetched earlier, while blocks waited for words.")
     note(console, "Waits: for memory (tiles), words of the own rank, words of other ranks (peers).\n")
 
 
@@ -202,18 +191,25 @@ def _why(console: Console, r: dict) -> None:
     slow, typical = c["slowest"], c["typical"]
     more = slow["us"] - typical["us"]
     if more > 0:
-        question = f"Why was step {slow['step']} {us(slow['us'])} and not {us(typical['us'])} like step {typical['step']}?"
-        heading(console, question)
+        a, b = us(slow["us"]), us(typical["us"])
+        both = f"both {a}" if a == b else f"{a}, not {b}"
+        heading(console, f"Why was step {slow['step']} {us(more)} longer than step {typical['step']} ({both})?")
         for row in [w for w in c["why_slower"] if w["more_us"] > 0.05 * more][:3]:
             what = f"{row['phase']}, {KIND_TEXT[row['kind']]}"
             console.print(f"  +{us(row['more_us'])} in {what} ({us(row['us'])}, not {us(row['typical_us'])})")
             if at := row["longest"]:
-                console.print(f"    longest at rank {at['rank']} block {at['block']} in layer {at['layer']}: {us(at['us'])}")
-        console.print()
-    heading(console, "Blocks that hold a mean step longer than is usual:")
-    for s in c["suspects"]:
+                where = "" if row["phase"] in NO_LAYER else f" in layer {at['layer']}"
+                console.print(f"    longest at rank {at['rank']} block {at['block']}{where}: {us(at['us'])}")
+        note(console, "Rises only: what the longer step spent less on is not listed.\n")
+    held = [s for s in c["suspects"] if s["excess_us"] >= LEAST_EXCESS * r["step_us"]["mean"]]
+    if held:
+        heading(console, "Blocks that hold a mean step longer than is usual:")
+    else:
+        heading(console, f"No block holds a mean step longer than is usual by {LEAST_EXCESS:.0%} of it.")
+    for s in held:
         console.print(f"  {_suspect(s)}")
-        console.print(f"    worst in layer {s['worst_layer']}: {us(s['worst_us'])}; median of all blocks {us(s['usual_us'])}")
+        where = "" if s["phase"] in NO_LAYER else f" in layer {s['worst_layer']}"
+        console.print(f"    worst{where}: {us(s['worst_us'])}; median of all blocks {us(s['usual_us'])}")
     _chain(console, c["chain"])
 
 

@@ -18,6 +18,16 @@ def exchange_places(num_layers: int) -> list[tuple[int, int]]:
     return [tuple(int(order_of(phase, layer, num_layers)) for phase, layer in pair) for pair in pairs]
 
 
+def without_item(table: np.ndarray, shape: np.void) -> np.ndarray:
+    """[ranks, blocks, phases] Where blocks attend to nothing and send nothing. Where a context is cut, all merge its runs."""
+    attention = table["phase"] == Phase.ATTENTION
+    group = -(-int(shape["num_heads"]) // int(shape["num_kv_heads"]) // 16)  # items of a row and KV head, if uncut
+    attends = attention & (table["value"] > 0)
+    uncut = table["value"][..., :1] * int(shape["num_kv_heads"]) * group  # embed's value: the step's rows
+    cut = np.count_nonzero(attends, axis=1, keepdims=True) > uncut
+    return attention & ~attends & ~cut
+
+
 def words_left(table: np.ndarray, shape: np.void) -> np.ndarray:
     """µs [ranks, blocks, phases of a step] when the last words of a phase had left a block; -inf: it sends none.
 
@@ -28,12 +38,7 @@ def words_left(table: np.ndarray, shape: np.void) -> np.ndarray:
     attention = table["phase"] == Phase.ATTENTION
     out[attention] = table["end"][attention]
     out[..., -2] = table["begin"][..., -1]
-    # Blocks that attend to nothing send nothing, unless contexts are cut: then all merge.
-    group = -(-int(shape["num_heads"]) // int(shape["num_kv_heads"]) // 16)  # items of a row and KV head, if uncut
-    attends = attention & (table["value"] > 0)
-    uncut = table["value"][..., :1] * int(shape["num_kv_heads"]) * group  # embed's value: the step's rows
-    cut = np.count_nonzero(attends, axis=1, keepdims=True) > uncut
-    out[attention & ~attends & ~cut] = -np.inf
+    out[without_item(table, shape)] = -np.inf
     return out
 
 

@@ -11,6 +11,7 @@ from imex_persist.observe.clocks import PAIR, AlignedClocks, Errors, SharedClock
 from imex_persist.observe.ring import EVENT
 
 EXCHANGED = (Phase.QKV, Phase.GATE_UP, Phase.LM_HEAD, Phase.SAMPLE)  # phases that take in words of all ranks
+OF_NO_LAYER = (Phase.EMBED, Phase.LM_HEAD, Phase.SAMPLE)  # once a step
 
 # One phase of one block in one step. Times in µs of the trace's axis, NaN where the phase has no such moment; waits in µs.
 MOMENTS = "begin met sum input ready end first sent".split()

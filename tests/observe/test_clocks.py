@@ -9,7 +9,7 @@ import pytest
 
 from imex_persist import abi
 from imex_persist.observe.capture import clocks_of
-from imex_persist.observe.clocks import TIMER_WRAP, WRAP
+from imex_persist.observe.clocks import TIMER_WRAP, WRAP, Errors
 from imex_persist.observe.hops import hop_check
 from imex_persist.observe.ring import EVENT
 from imex_persist.observe.spans import decode, is_pair, pairs_of
@@ -128,6 +128,28 @@ def test_wrong_clocks_show_as_contradictions():
     moved = decode(events, kernel.shape, AXIS, clocks_of([(events, alignments)], kernel.shape, one_clock=False))
     assert hop_check(trace_of(kernel))["contradictions"] == 0
     assert hop_check(moved)["contradictions"] > 0 and moved.errors.blocks > 100  # and the words between the blocks tell
+
+
+def test_one_late_answer_does_not_decide_how_far_blocks_are_apart():
+    """A block that was held up between its clock and its answer says nothing about the clocks."""
+    kernel = traced()
+    events, alignments = other_clocks(kernel)
+    usual = clocks_of([(events, alignments)], kernel.shape, one_clock=False).errors
+    mine = np.nonzero((alignments["rank"] == 1) & (alignments["partner"] == 3))[0]
+    alignments["answer"][mine[1]] -= 100_000  # about 50 µs
+    late = clocks_of([(events, alignments)], kernel.shape, one_clock=False).errors
+    assert len(mine) > 4 and 0 < late.blocks < usual.blocks + 1
+    assert (late.ranks, late.drift, late.timer) == (usual.ranks, usual.drift, usual.timer)
+
+
+def test_what_is_said_of_the_errors():
+    said = Errors(0.6, 0.72, 0.1, 0.41).text
+    assert said.startswith(
+        "Clocks agree where steps begin: blocks within 0.60 µs, ranks within 0.72 µs (their comparisons keep to a line"
+    )
+    assert said.endswith("within 0.10 µs); within a step: 0.41 µs.")
+    assert Errors(timer=0.5).text == "Clocks agree within a step: 0.50 µs." and Errors().text == ""
+    assert "comparisons" not in Errors(0.6, 0.72, None, 0.41).text
 
 
 def test_an_idle_kernel_begins_a_new_run():

@@ -11,7 +11,8 @@ from functools import lru_cache
 
 import pytest
 
-from imex_persist.observe import console, live
+from imex_persist.observe import console, live, units
+from imex_persist.observe.clocks import Errors
 from imex_persist.observe.report import report, request_rows
 from imex_persist.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
@@ -97,6 +98,65 @@ def test_why_a_step_was_longer_is_answered():
     assert "worst in layer 1" in text
 
 
+def test_large_numbers_have_large_units():
+    assert [units.size(n) for n in (0, 512, 8192, 806e6, 3.76e9)] == ["-", "512 B", "8.19 kB", "806 MB", "3.76 GB"]
+    assert [units.rate(n) for n in (4.23, 17.9, 4688.0)] == ["4.23 GB/s", "17.9 GB/s", "4.69 TB/s"]
+    assert [units.us(t) for t in (None, 0.42, 87.3, 1200.0, 2.5e6)] == ["unknown", "0.42 µs", "87.3 µs", "1.20 ms", "2.50 s"]
+
+
+def longer_by(r: dict, more_us: float) -> dict:
+    """The same report with steps of 1.85 ms, the slowest of which is longer by so much."""
+    c = r["critical_path"]
+    steps = {"typical": {**c["typical"], "us": 1852.0}, "slowest": {**c["slowest"], "us": 1852.0 + more_us}}
+    return {**r, "step_us": {**r["step_us"], "mean": 1852.0}, "critical_path": {**c, **steps}}
+
+
+def test_two_gpus_as_they_were_read():
+    """Sizes, rates and clocks of a large model: in 80 columns, with nothing that a person would have to convert."""
+    r = longer_by(numbers(2, 4560.0), 8.3)
+    large = dict(bytes=3.76e9, gbs=5560.0, path_us=863.0, wait_tiles_us=403.0, wait_words_us=164.0, wait_peers_us=45.3)
+    r |= {
+        "phases": [{**p, **large} for p in r["phases"]], "bytes": 7.51e9, "ceiling_source": "measured, NVIDIA H200",
+        "clock_error_us": {"blocks": 0.6, "ranks": 0.72, "drift": 0.1, "timer": 0.41},
+        "hops": {"checked": 7760, "contradictions": 0, "shortest_local_us": 0.04, "shortest_peers_us": 0.93},
+    }  # fmt: skip
+    lines = shown(r, io.StringIO()).splitlines()
+    assert max(map(len, lines)) <= 80 and not any("e+0" in line for line in lines)
+    for wanted in (
+        "0 of 7760 words seen before they left.",
+        "What the phases read in a step, and what an average block waits for in it",
+        "Above 100%: its tiles were fetched earlier, while blocks waited for words.",
+    ):
+        assert wanted in lines
+    text = " ".join(lines)
+    for wanted in (
+        "7.51 GB at 4.56 TB/s (measured, NVIDIA H200)",
+        Errors(**r["clock_error_us"]).text,
+        "3.76 GB  5.56 TB/s        122%",
+    ):
+        assert wanted in text
+    assert "Above 100%" not in shown(numbers(2, 4560.0), io.StringIO())
+
+
+def test_the_difference_of_two_steps_is_said_in_its_own_unit():
+    slow, typical = (numbers()["critical_path"][name]["step"] for name in ("slowest", "typical"))
+    for more, both in ((2.0, "both 1.85 ms"), (8.3, "1.86 ms, not 1.85 ms")):
+        text = shown(longer_by(numbers(), more), io.StringIO())
+        assert f"Why was step {slow} {console.us(more)} longer than step {typical} ({both})?" in text
+        assert "Rises only" in text
+
+
+def test_blocks_that_hold_next_to_nothing_are_not_named():
+    assert "Blocks that hold" in shown(numbers(), io.StringIO())
+    r = longer_by(numbers(), 8.3)
+    few = [{**s, "excess_us": us} for s, us in zip(r["critical_path"]["suspects"], (18.6, 18.4, 0.9), strict=True)]
+    r["critical_path"]["suspects"] = few
+    assert shown(r, io.StringIO()).count("worst") == 1
+    r["critical_path"]["suspects"] = few[1:]
+    text = shown(r, io.StringIO())
+    assert "No block holds a mean step longer than is usual by 1% of it." in text and "worst" not in text
+
+
 def test_the_live_view():
     file = Terminal()
     view = live.LiveView(8, console=console.make_console(file))
@@ -122,4 +182,4 @@ def test_what_the_slow_step_did_differently():
     first = r["critical_path"]["why_slower"][0]
     assert (first["phase"], first["kind"]) == ("sample", "compute") and first["more_us"] == pytest.approx(25.0, abs=0.5)
     text = shown(r, io.StringIO())
-    assert "Why was step 4 " in text and "in sample, compute" in text and "longest at rank 0 block 0" in text
+    assert "Why was step 4 " in text and "in sample, compute" in text and "longest at rank 0 block 0: " in text

@@ -7,14 +7,18 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from imex_persist.abi import Phase
 from imex_persist.observe import chrome, picture
+from imex_persist.observe.clocks import Errors
 from imex_persist.observe.path import critical_path
 
 from .traced import run, trace_of
@@ -93,6 +97,10 @@ def test_svg(layers):
     assert "critical path" in texts and "rank 1 block 3" in texts
     shown = {t.text.split()[0] for t in tree.iter("{http://www.w3.org/2000/svg}title")}
     assert ("lm_head" in texts) == (layers is None) and "gate_up" in shown
+    titles = [t.text for t in tree.iter("{http://www.w3.org/2000/svg}title")]
+    assert not any("lm_head layer" in t or "sample layer" in t or "embed layer" in t for t in titles)
+    arrows = [a for a in tree.iter("{http://www.w3.org/2000/svg}line") if a.get("marker-end")]
+    assert any("arrows" in t for t in texts) == bool(arrows) and (layers is None or arrows)
     width = float(tree.get("viewBox").split()[2])
     for bar in tree.iter("{http://www.w3.org/2000/svg}rect"):
         assert float(bar.get("x", 0)) >= 0 and float(bar.get("x", 0)) + float(bar.get("width")) <= width + 0.5
@@ -112,6 +120,63 @@ def test_rows_of_many_blocks_hold_the_path():
     path = critical_path(trace(), 3)
     rows = picture.rows_of(trace(), 3, 6, path)
     assert len(rows) < 8 and (path.segments[-1].rank, path.segments[-1].block) in rows
+
+
+def test_rows_are_of_all_ranks():
+    """Of a path through a hundred blocks: as many rows of each rank, and of each those in which the path stays longest."""
+    path = picture.Path(
+        0,
+        tuple(
+            picture.Segment("compute", Phase.QKV, 0, n % 2, n // 2, 10.0 * n, 10.0 * n + n, n % 2, n // 2) for n in range(100)
+        ),
+    )
+    two = SimpleNamespace(shape={"world_size": 2, "num_blocks": 132})
+    rows = picture.rows_of(two, 0, picture.MAX_ROWS, path)
+    each = [[block for rank, block in rows if rank == of] for of in range(2)]
+    assert len(rows) == picture.MAX_ROWS and each[0] == each[1] == [0, *range(36, 50), 131]
+    assert picture.rows_of(two, 0) == [(rank, block) for rank in range(2) for block in range(132)]
+
+
+def test_arrows_are_promised_where_they_are_drawn():
+    """Of some layers always, all of them; none of a path of many hops, or through blocks that have no row."""
+    hops = lambda segments: sum((s.source_rank, s.source_block) != (s.rank, s.block) for s in segments)  # noqa: E731
+    path, rows = critical_path(trace(), 3), picture.rows_of(trace(), 3)
+    for layers in ((1, 1), (0, 2)):
+        text = picture.svg(trace(), 3, layers)
+        assert text.count("marker-end") == hops(picture.in_layers(path, layers)) > 0 and "arrows" in text
+    assert len(picture._arrows(list(path.segments), rows)) == hops(path.segments)
+    assert not picture._arrows(list(path.segments) * (picture.MAX_ARROWS // hops(path.segments) + 1), rows)
+    assert not picture._arrows(list(path.segments), rows[:1])
+
+
+@lru_cache
+def idle():
+    """A trace in which half of the blocks have no item of attention, and take 0.1 µs to see it."""
+    found = trace_of(run(blocks=8, requests=[{"prompt": [5], "max_tokens": 4}], max_rows=1))
+    spans = found.spans.copy()
+    none = (spans["phase"] == Phase.ATTENTION) & (spans["value"] == 0)
+    spans["end"][none] = spans["begin"][none] + 0.1
+    return replace(found, spans=spans, _tables={})
+
+
+def test_attention_without_an_item_is_drawn_as_none():
+    thin = rf'height="{picture.NARROW}"[^>]*><title>attention layer \d: 0.10 µs, no item<'
+    spans = idle().of_step(2)
+    attention = spans[spans["phase"] == Phase.ATTENTION]
+    begun = attention["end"] > critical_path(idle(), 2).begin_us + 0.1  # the picture begins with the path
+    count = int(np.count_nonzero((attention["value"] == 0) & begun))
+    text = picture.svg(idle(), 2)
+    assert 0 < len(re.findall(thin, text)) == count < len(attention) and "thin: no attention item" in text
+    rows = picture.page_data(idle(), 2)["rows"]
+    nothing = {(row["name"], span[1]) for row in rows for span in row["spans"] if span[8]}
+    assert nothing == {
+        (f"rank {s['rank']} block {s['block']}", int(s["layer"])) for s in attention[attention["value"] == 0]
+    }  # fmt: skip
+
+
+def test_the_page_says_how_far_clocks_agree():
+    errors = Errors(0.6, 0.72, 0.1, 0.41)
+    assert picture.page_data(replace(trace(), errors=errors, _tables={}), 3)["error"] == errors.text
 
 
 def page(tmp_path, script: str = "") -> str:
@@ -144,7 +209,22 @@ def test_the_page_draws_and_zooms(tmp_path):
       const moved = [from, to];
       const tipped = describe({ offsetX: LEFT + 200, offsetY: BLOCKS + 5 });
       canvas.dispatchEvent(new MouseEvent("dblclick"));
-      document.documentElement.dataset.result = JSON.stringify({ before, zoomed, moved, tipped, after: [from, to], us: data.us });
+      const labels = [], fillText = draw2d.fillText, lines = [], lineTo = draw2d.lineTo;
+      draw2d.fillText = (text, x, y) => { labels.push([text, x + draw2d.measureText(text).width]); fillText.call(draw2d, text, x, y); };
+      draw2d.lineTo = (x, y) => { lines.push(x); lineTo.call(draw2d, x, y); };
+      draw();
+      const right = Math.max(...labels.filter(l => l[0].endsWith("µs")).map(l => l[1])) - width(), whole = lines.length;
+      data.max_arrows = 0;
+      draw();
+      const hidden = lines.length - whole;
+      const wide = data.rows[0].spans.find(s => data.phases[s[0]] === "gate_up");
+      [from, to] = [wide[2], wide[4]];
+      draw();
+      all();
+      const head = data.rows[0].spans.find(s => data.phases[s[0]] === "lm_head");
+      const last = describe({ offsetX: x(head[4] - 0.01), offsetY: BLOCKS + 5 });
+      document.documentElement.dataset.result =
+        JSON.stringify({ right, whole, hidden, last, labels, before, zoomed, moved, tipped, after: [from, to], us: data.us });
     """
     found = re.search(r'data-result="([^"]*)"', page(tmp_path, script))
     r = json.loads(found[1].replace("&quot;", '"'))
@@ -153,3 +233,6 @@ def test_the_page_draws_and_zooms(tmp_path):
     assert r["zoomed"][1] - r["zoomed"][0] == pytest.approx(0.8 * r["us"])
     assert r["moved"][0] > r["zoomed"][0] and r["after"] == [0, r["us"]]
     assert re.match(r"rank 0 block 0: \w+ layer \d", r["tipped"])
+    assert r["right"] <= 0 and r["whole"] > 0 and r["hidden"] == 0  # the axis' labels; arrows, while they are few
+    assert r["last"].startswith("rank 0 block 0: lm_head, ")
+    assert {"gate_up 0", "lm_head"} <= {label for label, _ in r["labels"]}
