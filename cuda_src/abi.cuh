@@ -39,6 +39,7 @@ constexpr unsigned int kTokenFromRow = 2147483648u;
 constexpr unsigned int kRowSamples = 2147483648u;
 constexpr unsigned int kRowDraws = 1073741824u;
 constexpr int kRowSlot = 255;
+constexpr unsigned int kTraceCut = 2147483648u;
 constexpr unsigned int kPlanAligns = 2147483648u;
 constexpr unsigned int kPlanNewPages = 2147483648u;
 constexpr unsigned int kDescriptorMagic = 1229800792u;

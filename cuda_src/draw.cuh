@@ -38,7 +38,7 @@ DEV bool scale_rows(Block& b) {
     if (b.lane) continue;
     r.part_counts[b.warp][0] = of_warp[0];
     r.part_counts[b.warp][1] = of_warp[1];
-    r.search.lo = kNeverKey;  // every warp the same
+    if (b.warp == 0) r.search.lo = kNeverKey;
   }
   consumer_sync();
   return true;

@@ -59,8 +59,9 @@ struct MailboxWarp {
   u32 tickets;
   u32 heartbeat;  // the host's, and when it last changed
   u64 heard_ns;
-  u32 next_align;  // trace.cuh
-  u32 turn = 0;    // the slot that is dealt a row first (choose_rows)
+  u32 next_align;    // trace.cuh
+  u32 unpolled = 0;  // steps that ended since the ring was last looked at
+  u32 turn = 0;      // the slot that is dealt a row first (choose_rows)
   NewTables new_tables = NewTables::kNone;
   u32 fresh_slot = ~0u, fresh_position, fresh_token;  // the last request admitted: the first token to run, + lane
 };
@@ -319,6 +320,7 @@ DEV bool all_free(const MailboxWarp& m) {
 }
 
 enum class News : u32 { kNone, kDescriptor, kStepEnd, kCheck };
+constexpr u32 kMaxUnpolled = 4;  // so that cancels, and words to stop, are seen even if a step has always ended by the time of the next look
 
 // Looks until there is something to do, or only `once`; all lanes. While a step runs, mostly for its end: a descriptor that comes then waits
 // for the plan after next anyway, and its poll would hold up the tokens for a round trip to the host.
@@ -328,7 +330,8 @@ DEV News await_news(MailboxWarp& m, bool once) {
     bool ended = false;
     if (m.lane == 0 && m.done < m.published)
       ROLLED for (int i = 0; i < kTestsPerPoll && !ended; i++) ended = mbar_test_now({&m.shared->step_end[m.done & 1], m.done >> 1 & 1});
-    if (shuffle(ended, 0)) return News::kStepEnd;
+    if (shuffle(ended, 0) && ++m.unpolled < kMaxUnpolled) return News::kStepEnd;
+    m.unpolled = 0;  // an end that is put off is found by the next test
     if (poll_descriptor(m.rings, m.state->line)) return News::kDescriptor;
     if (m.rings.num_polls >= kPollsPerCheck) return News::kCheck;
     if (once) return News::kNone;

@@ -110,7 +110,7 @@ DEV bool plan_aligns(u32 step, bool idle, u32& next) {
   return true;
 }
 
-// Clocks that the marking thread waited for words since the last call.
+// Clocks that the marking thread's warp waited for words since the last call.
 DEV u32 take_word_clocks(Block& b) {
   if (!shape().trace) return 0;
   const u32 clocks = b.waiter.word_clocks;

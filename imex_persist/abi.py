@@ -49,6 +49,7 @@ ROW_DRAWS = (
     0x40000000  # plan: this row is not plainly greedy, its struct Sampling travels beside the plan (set in the slot word)
 )
 ROW_SLOT = 0xFF  # plan: the slot in the slot word
+TRACE_CUT = 0x80000000  # attention's READY: a row's context is cut into runs, which all blocks merge
 PLAN_ALIGNS = 0x80000000  # plan: clocks are aligned before this step (set in the header's second word; trace.cuh)
 PLAN_NEW_PAGES = 0x80000000  # plan: a page table was written since the step before (set in the header's first word)
 DESCRIPTOR_MAGIC = 0x494D4558  # "IMEX": what tells the places of a descriptor's words apart in its check
@@ -135,7 +136,7 @@ class Mark(enum.IntEnum):
     )
     BEGIN = 1  # the phase is entered
     INPUT = 2  # the words it takes in have arrived; `value`: waited for them, if the first poll did not find them
-    READY = 3  # the activations are ready to be multiplied; `value`: 1 if they are, in attention the pages that were read
+    READY = 3  # the activations are ready to be multiplied; `value`: 1 if they are, in attention the pages that were read, and TRACE_CUT
     END = 4  # the block's last unit of the phase is handed on; `value`: waited for tiles, in embed the rows of the step
     SUM = 5  # a slice owner's first thread has published its sums; `value`: waited for the ranks' words
     SENT = 6  # the adder's last words of the phase have left; `value`: clocks since its first had
@@ -391,6 +392,6 @@ CONSTANTS = (
     "MAX_RANKS MAX_ROWS FEW_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS "
     "ADDER_WARPS TRACE_WRITERS ALIGN_ROUNDS ALIGN_EVERY ALIGN_SLOTS NUM_WARPS PART_SLOTS MAX_STOP_IDS "
     "PLAN_HEADER_WORDS PLAN_ROW_WORDS SAMPLING_WORDS MAX_LOGPROBS SEARCH_PIVOTS SEARCH_ROUNDS DRAW_ROW_BYTES SHARED_MAILBOX_BYTES "
-    "SHARED_HEADER_BYTES DESCRIPTOR_SLOTS RECORD_SLOTS TOKEN_FROM_ROW ROW_SAMPLES ROW_DRAWS ROW_SLOT PLAN_ALIGNS PLAN_NEW_PAGES "
+    "SHARED_HEADER_BYTES DESCRIPTOR_SLOTS RECORD_SLOTS TOKEN_FROM_ROW ROW_SAMPLES ROW_DRAWS ROW_SLOT TRACE_CUT PLAN_ALIGNS PLAN_NEW_PAGES "
     "DESCRIPTOR_MAGIC DESCRIPTOR_FACTOR"
 ).split()

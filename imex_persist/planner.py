@@ -65,6 +65,7 @@ def make_shape(
     strategy: abi.Strategy | None = None,
     down_slices: int | None = None,
     one_shot_rows: int | None = None,
+    attention_rows: int = QUERIES,
     bf16_partials: bool = False,
     tap: bool = False,
     only_phase: abi.Phase | None = None,
@@ -117,7 +118,7 @@ def make_shape(
         if slices > num_blocks:
             continue
         candidate = s.copy()
-        _place_shared_memory(candidate, config.intermediate_size, slices, one_shot_rows, strategy, machine)
+        _place_shared_memory(candidate, config.intermediate_size, slices, one_shot_rows, strategy, machine, attention_rows)
         if best is None or candidate["ring_stages"] > best["ring_stages"] or _finer_slices_help(best):
             best = candidate
         if candidate["ring_stages"] >= min(8, machine.max_stages) and not _finer_slices_help(candidate):
@@ -161,7 +162,8 @@ def _finer_slices_help(s) -> bool:
     if words <= ONE_SHOT_WORDS < 2 * words:
         return False
     whole = s["strategy"] == abi.Strategy.SEMAPHORE or s["one_shot_rows"] == rows
-    gathers_less = rows > abi.FEW_ROWS and not whole and s["num_blocks"] >= 16 * slices and tiles >= 2
+    crosses = world > 1 and 2 * words > ONE_SHOT_WORDS  # a slice's partial sums cost the links as much as a rank's
+    gathers_less = rows > abi.FEW_ROWS and not whole and not crosses and s["num_blocks"] >= 16 * slices and tiles >= 2
     return tiles > LONG_UNIT_TILES or gathers_less
 
 
@@ -207,7 +209,13 @@ def _rows_fit(config, world_size: int, rows: int, machine: Machine, strategy: ab
 
 
 def _place_shared_memory(
-    s, intermediate_size: int, slices: int, one_shot_rows: int | None, strategy: abi.Strategy | None, machine: Machine
+    s,
+    intermediate_size: int,
+    slices: int,
+    one_shot_rows: int | None,
+    strategy: abi.Strategy | None,
+    machine: Machine,
+    attention_rows: int = QUERIES,
 ) -> None:
     rows, hidden, world, blocks = (int(s[k]) for k in ("max_rows", "hidden_size", "world_size", "num_blocks"))
     heads, kv_heads, head_dim = (int(s[k]) for k in ("num_heads", "num_kv_heads", "head_dim"))
@@ -243,7 +251,7 @@ def _place_shared_memory(
         return int(s["ring_stages"])
 
     fewest = place(1)
-    for together in range(min(rows, QUERIES // group), 0, -1):  # as many as cost no stage
+    for together in range(min(rows, QUERIES // group, attention_rows), 0, -1):  # as many as cost no stage
         if place(together) == fewest:
             break
 

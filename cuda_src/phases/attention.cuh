@@ -249,6 +249,12 @@ DEV void merge_splits(Block& b, u32 epoch) {
   }
 }
 
+DEV bool any_cut(const Block& b) {
+  for (int row = 0; row < num_rows(b); row++)
+    if (b.shared->rows[row].runs > 1) return true;
+  return false;
+}
+
 DEV bool attention(Block& b) {
   if (!runs(Phase::kAttention)) return true;
   b.waiter.phase = Phase::kAttention;  // until it is done: the step's loop counts in matrix phases
@@ -260,7 +266,7 @@ DEV bool attention(Block& b) {
     if (!attend(b, item, epoch)) return false;
     pages += item.end_page - item.first_page;
   }
-  mark(b, Mark::kReady, pages);
+  mark(b, Mark::kReady, pages | (shape().trace && any_cut(b) ? kTraceCut : 0));
   merge_splits(b, epoch);  // after all items of this block: no block waits for a run while one of its own is still to come
   mark(b, Mark::kEnd, take_tile_clocks(b));
   b.waiter.phase = Phase::kQkv;

@@ -214,6 +214,7 @@ DEV_CALL bool park_once(Waiter& w, sim::Park how, sim::WaitNote& note) {
   return false;
 }
 
+DEV bool warp_any(bool v);
 template <int N, bool kTogether = false, class Address, class Source>
 DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source, u32 (&out)[N][2]) {
   u64 word[N][2];
@@ -237,6 +238,7 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
     if (park_once(w, sim::Park::kWord, note)) break;
   }
   if (late && shape().trace) w.word_clocks += clock_low() - began;
+  if (kTogether) w.failed = warp_any(w.failed);  // as on a GPU: who calls it is the whole warp
   if (sim::kTsan)
     for (int i = 0; i < 2 * count; i++) sim::tsan_word_awaited(address(i / 2) + i % 2);
   for (int i = 0; i < N; i++)

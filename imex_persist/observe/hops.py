@@ -18,17 +18,12 @@ def exchange_places(num_layers: int) -> list[tuple[int, int]]:
     return [tuple(int(order_of(phase, layer, num_layers)) for phase, layer in pair) for pair in pairs]
 
 
-def without_item(table: np.ndarray, shape: np.void) -> np.ndarray:
+def without_item(table: np.ndarray) -> np.ndarray:
     """[ranks, blocks, phases] Where blocks attend to nothing and send nothing. Where a context is cut, all merge its runs."""
-    attention = table["phase"] == Phase.ATTENTION
-    group = -(-int(shape["num_heads"]) // int(shape["num_kv_heads"]) // 16)  # items of a row and KV head, if uncut
-    attends = attention & (table["value"] > 0)
-    uncut = table["value"][..., :1] * int(shape["num_kv_heads"]) * group  # embed's value: the step's rows
-    cut = np.count_nonzero(attends, axis=1, keepdims=True) > uncut
-    return attention & ~attends & ~cut
+    return (table["phase"] == Phase.ATTENTION) & (table["value"] == 0) & ~table["cut"]
 
 
-def words_left(table: np.ndarray, shape: np.void) -> np.ndarray:
+def words_left(table: np.ndarray) -> np.ndarray:
     """µs [ranks, blocks, phases of a step] when the last words of a phase had left a block; -inf: it sends none.
 
     The matrices' words are sent by adders, whose mark is missing where a block had no unit; attention's by the end of the phase; lm_head's
@@ -38,7 +33,7 @@ def words_left(table: np.ndarray, shape: np.void) -> np.ndarray:
     attention = table["phase"] == Phase.ATTENTION
     out[attention] = table["end"][attention]
     out[..., -2] = table["begin"][..., -1]
-    out[without_item(table, shape)] = -np.inf
+    out[without_item(table)] = -np.inf
     return out
 
 
@@ -58,7 +53,7 @@ def hop_check(trace: Trace) -> dict:
     count = wrong = 0
     for step in trace.steps:
         table = trace.table(step)
-        out = words_left(table, trace.shape)
+        out = words_left(table)
         for target in range(2, num_phases(trace.shape)):
             phase = Phase(int(table["phase"][0, 0, target]))
             if phase == Phase.O_PROJ or needs_some(phase, trace.shape):

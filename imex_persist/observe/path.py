@@ -77,7 +77,7 @@ class _Walk:
         self.shape = trace.shape
         self.layers, self.world = int(trace.shape["num_layers"]), int(trace.shape["world_size"])
         self.two_shot = int(trace.shape["strategy"]) == abi.Strategy.TWO_SHOT
-        self.out = words_left(self.table, trace.shape)
+        self.out = words_left(self.table)
         self.segments: list[Segment] = []
 
     def path(self) -> Path:

@@ -74,7 +74,7 @@ def svg(trace: Trace, step: int, layers: tuple[int, int] | None = None) -> str:
     path, table = critical_path(trace, step), trace.table(step)
     shown = in_layers(path, layers)
     rows = rows_of(trace, step, MAX_ROWS, Path(step, tuple(shown)))
-    arrows, nothing = _arrows(shown, rows), without_item(table, trace.shape)
+    arrows, nothing = _arrows(shown, rows), without_item(table)
     zero, begin, end = path.begin_us, shown[0].begin_us, shown[-1].end_us
     scale = (WIDTH - LEFT - RIGHT) / max(end - begin, 1e-9)
     x = lambda us: LEFT + (us - begin) * scale  # noqa: E731
@@ -158,7 +158,7 @@ def page_data(trace: Trace, step: int) -> dict:
     item], µs from the step's begin.
     """
     path, table, rows = critical_path(trace, step), trace.table(step), rows_of(trace, step)
-    nothing, zero = without_item(table, trace.shape), path.begin_us
+    nothing, zero = without_item(table), path.begin_us
     number = lambda v: round(float(v) - zero, 3)  # noqa: E731
     layer = lambda phase, layer: None if phase in OF_NO_LAYER else int(layer)  # noqa: E731
     return {

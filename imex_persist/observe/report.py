@@ -93,7 +93,7 @@ def word_waits(trace: Trace) -> dict[Phase, tuple[float, float]]:
     sums = {phase: np.zeros(2) for phase in Phase}
     for step in trace.steps:
         table = trace.table(step)
-        out = words_left(table, trace.shape)
+        out = words_left(table)
         for target in range(2, num_phases(trace.shape)):
             phase = Phase(int(table["phase"][0, 0, target]))
             source = target - 1
@@ -117,7 +117,7 @@ def exchange_rows(trace: Trace) -> list[dict]:
     last, lead, visible, count = [0] * world, [[] for _ in range(world)], [[] for _ in range(world)], 0
     for step in trace.steps if world > 1 else ():
         table = trace.table(step)
-        out = words_left(table, trace.shape)
+        out = words_left(table)
         for source, target in exchange_places(layers):
             left = out[..., source].max(axis=1)
             taken = table["sum"][..., target]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from imex_persist import abi
 from imex_persist.abi import Mark, Phase
 from imex_persist.observe.clocks import PAIR, AlignedClocks, Errors, SharedClock
 from imex_persist.observe.ring import EVENT
@@ -19,6 +20,7 @@ SPAN = np.dtype(
     [("step", "i8"), ("rank", "i4"), ("block", "i4"), ("phase", "i4"), ("layer", "i4"), ("order", "i4")]
     + [(name, "f8") for name in (*MOMENTS, "words", "peers", "tiles")]
     + [("value", "i8")]  # of READY: whether it multiplies, in attention the pages read; embed: rows of the step
+    + [("cut", "?")]  # attention: a row's context is, so all blocks merge its runs
 )
 
 
@@ -133,6 +135,7 @@ def _spans(events: np.ndarray, times: np.ndarray, shape: np.void, ghz: np.ndarra
     for name, mine in (("peers", peers), ("words", words), ("tiles", (mark == Mark.END) & (phase != Phase.EMBED))):
         np.add.at(out[name], inverse[mine], clocks[mine])
     valued = (mark == Mark.READY) | (mark == Mark.END) & (phase == Phase.EMBED)
-    out["value"][inverse[valued]] = e["value"][valued]
+    out["value"][inverse[valued]] = e["value"][valued] & ~np.uint32(abi.TRACE_CUT)
+    out["cut"][inverse[valued]] = e["value"][valued] & np.uint32(abi.TRACE_CUT) != 0
 
     return out[np.lexsort((out["order"], out["block"], out["rank"], out["step"]))]

@@ -4,9 +4,8 @@ Layout: header, descriptor ring, record ring, then an arena of u32 in which ever
 token ids and how tokens are drawn; a slot's region is free again exactly when the slot is, at the request's RELEASE record.
 
 Ordering. A descriptor is valid only if its check word fits, so its own words may land in any order. What it points at must be there
-before it: the arena is written, a lock is released and taken again (a full barrier on every machine Python runs on), then the
-descriptor is written. A record is eight tagged words, each read by one load: it is there when all eight carry its number, and then nothing
-of it can be old, in whatever order it came.
+before it: the arena is written, then `_order`, then the descriptor. A record is eight tagged words, each read by one load: it is there
+when all eight carry its number, and then nothing of it can be old, in whatever order it came.
 """
 
 from __future__ import annotations
@@ -136,8 +135,7 @@ class Mailbox:
             raise ValueError(f"slot {slot} with {len(words)} words does not fit the arena of {self.layout}")
         arena = slot * self.layout.region
         struct.pack_into(f"{len(words)}I", self._view, _ARENA + 4 * arena, *words)
-        with self._fence:
-            pass
+        self._order()
         draw = (sampling.draw, sampling.num_logprobs) if sampling else (abi.Draw.NONE, 0)
         counts = len(prompt), len(pages), len(stop)
         return self.prepare(abi.Command.SUBMIT, request, slot, arena, *counts, max_tokens, min_tokens, cached_len, *draw)
@@ -206,10 +204,16 @@ class Mailbox:
             found.append(record)
             self._read = record.sequence
         if found:
-            with self._fence:  # the records are copied before their places are given back, and a slot's arena after its RELEASE
-                pass
+            self._order()  # the records are copied before their places are given back, and a slot's arena after its RELEASE
             self._u4[_READ] = self._read
         return found
+
+    def _order(self) -> None:
+        """Everything before comes before everything after. Taking a lock only holds back what follows, and releasing it what went before;
+        so it is the release and the second taking, in this order, that nothing passes."""
+        for _ in range(2):
+            with self._fence:
+                pass
 
     # ---------------------------------------------------------------------------------------- header
     def beat(self, value: int) -> None:

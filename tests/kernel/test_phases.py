@@ -13,7 +13,7 @@ from imex_persist.abi import Phase, Strategy
 from imex_persist.model.bf16 import to_bits, to_float32
 
 from . import tolerance
-from .cases import CASES, NUM_CASES, exchange_of, only, uses
+from .cases import CASES, NUM_CASES, Case, exchange_of, only, uses
 from .phase_run import PhaseRun
 from .tolerance import Bounded, check
 
@@ -98,6 +98,33 @@ def test_attention(make_device, index):
     long = max(chunk.start + chunk.count for chunk in p.case.chunks) > 256 and p.size("max_splits") > 1
     split_words = p.size("max_rows") * heads * p.size("max_splits") * (dim + 2)
     assert p.raw(0, "off_split", split_words)[1].any() == long, "contexts are cut above 256 positions, and only there"
+
+
+TOGETHER = [i for i, case in enumerate(CASES) if case.shape()["attention_rows"] > 1 and max(c.count for c in case.chunks) > 1][
+    :12
+]
+
+
+def attention_alone(index: int) -> list[tuple[Case, dict]]:
+    """As planned, and with an item for each row."""
+    case, options = only(CASES[index], Phase.ATTENTION)
+    return [(case, options), (case, options | {"attention_rows": 1})]
+
+
+@pytest.mark.parametrize("index", TOGETHER)
+@uses(attention_alone)
+def test_attention_gives_a_row_the_same_bits_in_any_company(make_device, index):
+    """Rows of a prompt are taken together: none may see it."""
+    bits = []
+    for case, options in attention_alone(index):
+        p = PhaseRun(make_device, case, **options)
+        heads, kv_heads, dim = (p.size(k) for k in ("num_heads", "num_kv_heads", "head_dim"))
+        for rank in p.ranks:
+            p.put_bf16(rank, "off_qkv", (heads + 2 * kv_heads) * dim)
+            p.put_pages(rank)
+        p.launch()
+        bits.append([to_bits(p.get_bf16(rank, "off_attn", heads * dim)) for rank in p.ranks])
+    np.testing.assert_array_equal(*bits)
 
 
 @every_case(Phase.O_PROJ)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from itertools import groupby, pairwise
 
 import pytest
@@ -9,8 +11,11 @@ import pytest
 from imex_persist import abi, planner
 from imex_persist.device.sim import SimDevice
 from imex_persist.model.dummy import DummyWeights
+from imex_persist.runtime.sampling import sampling_of
+from imex_persist.sampling_params import SamplingParams
 from tests.kernel.cases import model
 from tests.kernel.harness import KernelRun
+from tests.kernel.serving import Served
 
 CONFIG = model(
     hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64, vocab_size=40,
@@ -103,3 +108,40 @@ def test_a_cancel_frees_within_three_steps(prompt, looks):
     between = kinds[min(taken, released) : max(taken, released)]
     assert between.count((abi.Record.TOKEN, 0)) <= 3 and (abi.Record.TOKEN, 1) not in between
     run.device.close()
+
+
+def test_a_cancel_is_taken_though_every_step_keeps_the_mailbox_busy():
+    """Twenty log-probabilities a token, in 16 rows: the next step has ended by the time the mailbox has written one's records."""
+    config = replace(CONFIG, intermediate_size=32, vocab_size=64)
+    device = SimDevice(lanes=1, num_blocks=4, mode="rr", preempt=1)
+    shape = planner.make_shape(config, max_rows=16, num_slots=16, max_model_len=1024, machine=device.machine)
+    wanted = sampling_of(SamplingParams(temperature=0, logprobs=abi.MAX_LOGPROBS), 1, 0, (), config.vocab_size)
+    with Served(device, config, DummyWeights(config, seed=3), shape, max_model_len=1024) as run:
+        posted, taken, seen = {}, [], []
+        cancel, poll = run.mailbox.cancel, run.mailbox.poll
+
+        def cancelled(*words):
+            sequence = cancel(*words)
+            posted[sequence] = run.mailbox.steps
+            return sequence
+
+        def polled(*limit):
+            for record in (records := poll(*limit)):
+                if record.kind == abi.Record.TOKEN:
+                    seen.append(record.index)
+                elif record.kind == abi.Record.ACK and record.token in posted:
+                    taken.append(max(seen) + 1 - posted[record.token])  # a token a step
+            return records
+
+        run.mailbox.cancel, run.mailbox.poll = cancelled, polled
+        requests = [run.submit([1 + i], 900, sampling=wanted) for i in range(16)]
+        while run.mailbox.steps < 30:
+            time.sleep(0.002)
+        for request in requests[:3]:
+            run.engine.cancel(request)
+        while len(taken) < 3:
+            time.sleep(0.002)
+        for request in requests[3:]:
+            run.engine.cancel(request)
+    assert max(taken) < 30, f"steps until each was taken: {taken}"
+    device.close()
