@@ -161,6 +161,12 @@ DEV void next_matrix(Waiter& at) {
     at.phase = at.phase == Phase::kQkv ? Phase::kOProj : at.phase == Phase::kOProj ? Phase::kGateUp : Phase::kDownProj;
   }
 }
+// Whether a step multiplies in a matrix phase. Without a row that samples nobody needs logits, nor what leads to nothing but them: the
+// products after the last layer's o_proj. What o_proj exchanges is taken in all the same: that is when keys and values may be stored.
+DEV bool multiplies_in(Phase phase, u32 layer, u32 num_sampling) {
+  if (phase == Phase::kQkv || phase == Phase::kOProj || num_sampling) return true;
+  return phase != Phase::kLmHead && (layer + 1 < shape().num_layers || shape().only_phase);
+}
 // K of a phase's matrix: one block's part of it, a multiple of 32.
 DEV int matrix_k(Phase phase) {
   if (phase == Phase::kOProj) return shape().num_heads * shape().head_dim;

@@ -17,7 +17,7 @@
 namespace imex {
 
 // What the matrix phase at b.waiter multiplies with: the residual, after the exchange that completes it, times the norm's weights; or
-// another phase's words. False when the block must leave.
+// another phase's words. Where it does not multiply, o_proj's exchange alone is taken in. False when the block must leave.
 DEV bool prepare(Block& b, bool multiplies) {
   const Phase phase = b.waiter.phase;
   const u32 epoch = layer_epoch(b.step, b.waiter.layer);
@@ -25,12 +25,14 @@ DEV bool prepare(Block& b, bool multiplies) {
   if (phase == Phase::kOProj) {
     const int width = matrix_k(Phase::kOProj) / 2;
     well = gather_activations(b, epoch, own_words(b, shape().off_attn), width, width);
+  } else if (!multiplies && phase != Phase::kGateUp && !shape().only_phase) {
+    return true;  // what comes before it was not multiplied either
   } else if (phase == Phase::kDownProj) {
     const int width = matrix_k(Phase::kDownProj) / 2;  // words of this block's part, two values each
     well = gather_activations(b, epoch, own_words(b, shape().off_gate + slice_of(b) * width), shape().intermediate_size / 2,
                               width);
   } else if (phase == Phase::kGateUp) {
-    well = receive(b, o_exchange(), epoch, true);
+    well = receive(b, o_exchange(), epoch, multiplies);
   } else if (b.waiter.layer > 0) {  // layer 0 starts from what `embed` left
     well = receive(b, down_exchange(), epoch - 1, multiplies);
   }
@@ -51,7 +53,7 @@ DEV bool decode_step(Block& b) {
   ROLLED for (b.waiter.phase = Phase::kQkv;; next_matrix(b.waiter)) {
     const Phase phase = b.waiter.phase;
     if (runs(phase)) {
-      const bool multiplies = phase != Phase::kLmHead || b.shared->num_sampling;
+      const bool multiplies = multiplies_in(phase, b.waiter.layer, b.shared->num_sampling);
       if (phase == Phase::kQkv || phase == Phase::kLmHead) mark_clock(b, Mark::kPair);
       mark(b, Mark::kBegin);
       if (!prepare(b, multiplies)) return false;
@@ -81,12 +83,14 @@ DEV void consume(Block& b) {
 }
 
 DEV Matrix matrix_of(const Block& b, Producer& p) {
+  u32& with_logits = b.step & 1 ? p.num_logits_odd : p.num_logits_even;
+  const u32 uses = b.waiter.layer + 1 < shape().num_layers ? b.step / 2 : with_logits;  // see multiplies_in
   switch (b.waiter.phase) {
     case Phase::kQkv: return qkv_matrix(b);
     case Phase::kOProj: return o_proj_matrix(b);
-    case Phase::kGateUp: return gate_up_matrix(b);
-    case Phase::kDownProj: return down_proj_matrix(b);
-    default: return lm_head_matrix(b, b.step & 1 ? p.num_lm_head_odd++ : p.num_lm_head_even++);
+    case Phase::kGateUp: return gate_up_matrix(b, uses);
+    case Phase::kDownProj: return down_proj_matrix(b, uses);
+    default: return lm_head_matrix(b, with_logits++);
   }
 }
 
@@ -97,7 +101,7 @@ DEV void produce(Block& b) {
     b.waiter.layer = first_layer();
     ROLLED for (b.waiter.phase = Phase::kQkv; !b.waiter.failed; next_matrix(b.waiter)) {
       const Phase phase = b.waiter.phase;
-      if (runs(phase) && (phase != Phase::kLmHead || p.num_sampling)) {
+      if (runs(phase) && multiplies_in(phase, b.waiter.layer, p.num_sampling)) {
         const Matrix m = matrix_of(b, p);
         if (m.norm >= 0) push_norm(b, p, m.norm);
         push_units(b, p, m);

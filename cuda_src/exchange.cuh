@@ -20,6 +20,8 @@
 // lies between, and a store is never performed before a load whose value decided the loop before it. The same argument with the
 // names exchanged covers down_part, o_sum and down_sum, qkv, split, attn and gate. o_sum and down_sum are two buffers because the
 // owner of a slice waits only for that slice's words: with one, it could publish down sums while a late block still reads o sums.
+// A step without logits has no down_part of the last layer (multiplies_in, block.cuh). Then X has passed `sample` before it writes anything,
+// so it has a word of every block, which each sent after it had taken in o_part, appended its keys and values, and read all before.
 #pragma once
 #include "norm.cuh"
 #include "semaphore.cuh"

@@ -67,7 +67,7 @@ DEV float add_to_residual(Block& b, int row, int quad, float4 sum, bool live, bo
 //   - QKV's or the LM head's over gate_up's: the warp has words of down_proj's exchange that are, or are summed from, those of all sources.
 //     The rank's own slices gathered all of its gate words between them. A block alone gathers but its slice's: so no sum is put earlier;
 //   - `embed`'s over the LM head's: publish_best waited for candidates_ready, to which every adder comes after its last unit. Without an LM
-//     head there are no sums of it, and down_proj's exchange was taken in all the same.
+//     head the last sums were QKV's, and o_proj was gathered for since.
 // A warp that gave up waits for nothing. Its block then leaves without its word of `sample`, so no token comes of what an adder read.
 //
 // A warp's share of a row's sum of squares; every lane calls it, before it hands over a unit of the phase. Which lane adds what is the same

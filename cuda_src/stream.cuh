@@ -13,9 +13,10 @@ namespace imex {
 
 // ---------------------------------------------------------------------------------------------- producer
 struct Producer {
-  RingCursor ring;                                // the stage to fill next
-  u32 num_filled = 0;                             // stages filled so far, counted up to `window`
-  u32 num_lm_head_even = 0, num_lm_head_odd = 0;  // uses of the LM head's two claim counters: not every step has one
+  RingCursor ring;     // the stage to fill next
+  u32 num_filled = 0;  // stages filled so far, counted up to `window`
+  u32 num_logits_even = 0,
+      num_logits_odd = 0;     // steps with logits, by parity: uses of the claim counters that others leave alone
   u32 leaving, num_sampling;  // of this step's plan, read at its begin: later the next step's may stand there
 };
 

@@ -7,7 +7,7 @@ namespace imex {
 
 DEV u32 slice_of(const Block& b) { return b.index % shape().down_slices; }
 
-DEV Matrix down_proj_matrix(const Block& b) {
+DEV Matrix down_proj_matrix(const Block& b, u32 uses) {
   const u32 slices = shape().down_slices, slice = slice_of(b);
   const int units = shape().hidden_size / kUnitRows, k = matrix_k(Phase::kDownProj);
   return {(const char*)b.params->down_proj + ((u64)b.waiter.layer * slices + slice) * shape().hidden_size * k * 2,
@@ -16,7 +16,7 @@ DEV Matrix down_proj_matrix(const Block& b) {
           b.index / (int)slices,
           (int)divide_up(shape().num_blocks - slice, slices),
           claim_counter(b, b.waiter.layer, 3 + slice),
-          b.step / 2,
+          uses,
           -1};
 }
 

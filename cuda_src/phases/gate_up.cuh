@@ -5,7 +5,7 @@
 
 namespace imex {
 
-DEV Matrix gate_up_matrix(const Block& b) {
+DEV Matrix gate_up_matrix(const Block& b, u32 uses) {
   const int units = 2 * shape().intermediate_size / kUnitRows, hidden = shape().hidden_size;
   return {(const char*)b.params->gate_up + (u64)b.waiter.layer * units * kUnitRows * hidden * 2,
           hidden,
@@ -13,7 +13,7 @@ DEV Matrix gate_up_matrix(const Block& b) {
           b.index,
           (int)shape().num_blocks,
           claim_counter(b, b.waiter.layer, 2),
-          b.step / 2,
+          uses,
           2 * (int)b.waiter.layer + 1};
 }
 

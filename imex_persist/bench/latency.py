@@ -55,5 +55,5 @@ def _bound_us(llm, ceiling: Ceiling, input_len: int, output_len: int, batch_size
     steps = max(-(-rows // most), -(-input_len // most) + output_len - 1)  # a sequence decodes one row a step
     with_logits = max(output_len, -(-batch_size * output_len // most))
     attended = batch_size * sum(range(input_len, input_len + output_len - 1))
-    nbytes = steps * sizes.weights + with_logits * sizes.lm_head + attended * sizes.kv_per_position + rows * sizes.per_row
+    nbytes = steps * sizes.weights + with_logits * sizes.logits + attended * sizes.kv_per_position + rows * sizes.per_row
     return least_us(nbytes, ceiling)

@@ -21,7 +21,7 @@ class StepBytes:
     """Bytes of one rank."""
 
     weights: int  # of a step without logits
-    lm_head: int
+    logits: int  # what one with logits reads beside that: the LM head, and the last layer after its o_proj
     kv_per_position: int  # of one row
     per_row: int  # its embedding
 
@@ -29,12 +29,13 @@ class StepBytes:
     def of(cls, config, shape: np.void) -> StepBytes:
         sizes = packing.rank_bytes(config, shape)
         kv = planner.kv_bytes(shape) // (int(shape["num_pages"]) * int(shape["page_size"]))
-        weights = sum(sizes[name] for name in STREAMED if name != "lm_head")
-        return cls(weights, sizes["lm_head"], kv, 2 * int(shape["hidden_size"]))
+        logits = sizes["lm_head"] + (sizes["gate_up"] + sizes["down_proj"]) // int(shape["num_layers"])
+        weights = sum(sizes[name] for name in STREAMED) - logits
+        return cls(weights, logits, kv, 2 * int(shape["hidden_size"]))
 
     def decode(self, contexts: list[float]) -> float:
         """A step with a row for each of `contexts`: how many positions it attends to beside its own."""
-        return self.weights + self.lm_head + sum(contexts) * self.kv_per_position + len(contexts) * self.per_row
+        return self.weights + self.logits + sum(contexts) * self.kv_per_position + len(contexts) * self.per_row
 
     def prompt(self, length: int, rows: int) -> tuple[float, int]:
         """(bytes, steps) from a prompt to its first token, `rows` positions a step; the last step alone has logits.
@@ -43,7 +44,7 @@ class StepBytes:
         """
         steps = -(-length // rows)
         kv = sum(step * rows for step in range(steps)) * self.kv_per_position
-        return steps * self.weights + self.lm_head + kv + length * self.per_row, steps
+        return steps * self.weights + self.logits + kv + length * self.per_row, steps
 
 
 def kv_cache_bytes(config, world_size: int, max_model_len: int, num_seqs: int) -> int:

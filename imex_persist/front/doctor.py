@@ -134,7 +134,9 @@ def _run_once(report: Report, folder: str, device: str, strategy: str | None, op
     from imex_persist.runtime import startup
 
     world, first = report.world_size, not report.lines
-    logger.info("doctor: a start with the exchange %s; one that was never made here builds its kernel first", strategy or "as planned")
+    logger.info(
+        "doctor: a start with the exchange %s; one that was never made here builds its kernel first", strategy or "as planned"
+    )
     sizes = dict(max_model_len=MODEL["max_position_embeddings"], max_num_seqs=1, max_rows=ROWS, load_format="dummy")
     with _quietly(), LLM(folder, device=device, tensor_parallel_size=world, exchange=strategy, **sizes, **options) as llm:
         shape, group = llm.shape.copy(), llm.group

@@ -81,7 +81,7 @@ def _spans(trace: Trace, steps: list[int]) -> Iterator[dict]:
 def _flows(trace: Trace, step: int, number: int) -> Iterator[dict]:
     """An arrow from each rank's last word of a phase to every block that took it in later than it was ready."""
     table, layers = trace.table(step), int(trace.shape["num_layers"])
-    out, ready = words_left(table, trace.shape), np.where(np.isnan(table["met"]), table["begin"], table["met"])
+    out, ready = words_left(table), np.where(np.isnan(table["met"]), table["begin"], table["met"])
     for index, (source, target) in enumerate(_pairs(layers)):
         for rank in range(table.shape[0]):
             block = int(np.argmax(out[rank, :, source]))

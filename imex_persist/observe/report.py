@@ -44,8 +44,9 @@ def phase_bytes(shape: np.void, spans: np.ndarray) -> dict[Phase, float]:
         Phase.QKV: layers * (2 * (width + 2 * s["num_kv_heads"] * s["head_dim"]) * hidden + norm),
         Phase.ATTENTION: float(of(Phase.ATTENTION)["value"].sum()) / steps / world * planner.page_bytes(shape),
         Phase.O_PROJ: layers * 2 * hidden * width,
-        Phase.GATE_UP: layers * (4 * s["intermediate_size"] * hidden + norm),
-        Phase.DOWN_PROJ: layers * 2 * hidden * s["intermediate_size"],
+        Phase.GATE_UP: (layers - 1 + samples)
+        * (4 * s["intermediate_size"] * hidden + norm),  # of the last layer for logits only
+        Phase.DOWN_PROJ: (layers - 1 + samples) * 2 * hidden * s["intermediate_size"],
         Phase.LM_HEAD: samples * (2 * s["vocab_rows"] * hidden + norm),
         Phase.SAMPLE: 0.0,
     }

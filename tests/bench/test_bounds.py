@@ -43,14 +43,14 @@ def test_a_prompt_reads_weights_once_a_step_and_logits_once():
     sizes = StepBytes.of(config, make_shape(config, max_rows=4, max_model_len=4096))
     nbytes, steps = sizes.prompt(10, 4)
     assert steps == 3
-    assert nbytes == 3 * sizes.weights + sizes.lm_head + (0 + 4 + 8) * sizes.kv_per_position + 10 * sizes.per_row
+    assert nbytes == 3 * sizes.weights + sizes.logits + (0 + 4 + 8) * sizes.kv_per_position + 10 * sizes.per_row
 
 
 def test_two_ranks_share_the_bytes_and_the_slower_one_counts():
     config = config_of("llama-3.1-8b")
     one, two = (StepBytes.of(config, make_shape(config, world_size=w, max_model_len=4096)) for w in (1, 2))
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size * 2
-    assert two.weights - norms == (one.weights - norms) / 2 and two.lm_head == one.lm_head / 2
+    assert two.weights - norms == (one.weights - norms) / 2 and two.logits == one.logits / 2
     assert least_us(3e6, Ceiling({0: 4e12, 1: 3e12}, {})) == pytest.approx(1.0)
 
 

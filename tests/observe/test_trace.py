@@ -105,6 +105,19 @@ def test_waits_belong_to_the_phase_that_waited():
         assert waited == ({kinds[phase]} if phase in kinds else set()), phase
 
 
+def test_a_step_without_logits_multiplies_no_further_than_its_last_o_proj():
+    """The prompt's first two of three positions are a step of their own."""
+    trace = trace_of(traced())
+    last = int(trace.shape["num_layers"]) - 1
+    for step, samples in ((0, False), (1, True)):
+        table = trace.table(step)
+        for phase in (Phase.GATE_UP, Phase.DOWN_PROJ):
+            spans = table[(table["phase"] == phase) & (table["layer"] == last)]
+            assert (spans["value"] == samples).all() and (~np.isnan(spans["sent"])).any() == samples
+        assert (table["value"][table["phase"] == Phase.LM_HEAD] == samples).all()
+        assert (table["value"][(table["phase"] == Phase.GATE_UP) & (table["layer"] < last)] == 1).all()
+
+
 def test_a_late_block_is_waited_for():
     """The other blocks of the rank wait for its words, those of the other rank do not before the next exchange."""
     numbers = {p["phase"]: p for p in report(trace_of(traced(0, "{1, 0, 4, 0, 60000}")))["phases"]}

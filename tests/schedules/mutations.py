@@ -123,7 +123,7 @@ RING = (
     gone("producer_begins_early", "pages are streamed for a plan not read yet", "decode.cu",
          "        if (!mbar_wait(b.waiter, Wait::kStep, true, Pending{&b.shared->step_begin, b.step & 1})) break;\n"),
     one("producer_reads_plan_late", "the producer looks at the next step's plan (a race that was here once)", "decode.cu",
-        "phase != Phase::kLmHead || p.num_sampling", "phase != Phase::kLmHead || b.shared->num_sampling"),
+        "multiplies_in(phase, b.waiter.layer, p.num_sampling)", "multiplies_in(phase, b.waiter.layer, b.shared->num_sampling)"),
     gone("copies_not_drained", "a block leaves while copies into its shared memory are in flight", "decode.cu",
          "  drain_copies(b, p);\n"),
 )  # fmt: skip

@@ -29,7 +29,9 @@ WORDS = (
     one("claims_start_elsewhere", "the claims of a use are counted from the wrong base", "phases/qkv.cuh",
         "b.step / 2", "(b.step + 1) / 2"),
     one("lm_head_claims_by_step", "the LM head's counter is taken to be used in every step", "decode.cu",
-        "b.step & 1 ? p.num_lm_head_odd++ : p.num_lm_head_even++", "b.step / 2"),
+        "lm_head_matrix(b, with_logits++)", "lm_head_matrix(b, b.step / 2)"),
+    one("last_layer_claims_by_step", "so are the last layer's", "decode.cu",
+        "b.waiter.layer + 1 < shape().num_layers ? b.step / 2 : with_logits", "b.step / 2"),
 )  # fmt: skip
 KV = (
     one("kv_writer_without_proxy_fence", "pages are written, but not for the async proxy", "phases/lm_head.cuh",
