@@ -12,9 +12,9 @@
 //   min_p  before both: what is at least min_p times as probable as the largest
 //
 // Words: [2, world_size, num_blocks, max_rows, SEARCH_PIVOTS] pairs, a buffer for each parity of a count of rounds, which gives
-// them their epochs (an epoch space of its own) and begins again where words are zeroed (renew.cuh). Two are enough: a block writes round n + 2 after it has gathered round n + 1 of
-// every block, and each sends that after its consumers left the gather of round n, with a barrier in between. All blocks run the same
-// rounds, as they decide from the same words.
+// them their epochs (an epoch space of its own) and begins again where words are zeroed (renew.cuh). Two are enough: a block writes round
+// n + 2 after it has gathered round n + 1 of every block, and each sends that after its consumers left the gather of round n, with a barrier
+// in between. All blocks run the same rounds, as they decide from the same words.
 #pragma once
 #include "sampling.cuh"
 

@@ -56,9 +56,10 @@ DEV void drain_copies(Block& b, Producer& p) {
 }
 
 // Units of a matrix, dealt to `num_blocks` blocks of which this is number `index`. The first half of a long phase, and all of a short one,
-// is dealt in rounds, since a claim's first round trip is not hidden; the rest is claimed from a counter, since SMs do not run at one speed. The first unit is always the block's own, so that every block has a word in o_proj and down_proj (condition C,
-// exchange.cuh). A block has kClaims claims under way and stops at the first that fails, so each use of a counter takes a number of
-// claims that is known (`claims_per_use`), and the counter is never reset.
+// is dealt in rounds, since a claim's first round trip is not hidden; the rest is claimed from a counter, since SMs do not run at one speed.
+// The first unit is always the block's own, so that every block has a word in o_proj and down_proj (condition C, exchange.cuh). A block has
+// kClaims claims under way and stops at the first that fails, so each use of a counter takes a number of claims that is known
+// (`claims_per_use`), and the counter is never reset.
 constexpr int kClaims = 3;
 struct Matrix {
   const char* weights;    // of this layer; of this block's slice of K

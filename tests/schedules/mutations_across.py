@@ -30,7 +30,7 @@ WORDS = (
         "b.step / 2", "(b.step + 1) / 2"),
     one("lm_head_claims_by_step", "the LM head's counter is taken to be used in every step", "decode.cu",
         "lm_head_matrix(b, with_logits++)", "lm_head_matrix(b, b.step / 2)"),
-    one("last_layer_claims_by_step", "so are the last layer's", "decode.cu",
+    one("last_layer_claims_by_step", "the counters of the last layer after o_proj are taken to be used in every step", "decode.cu",
         "b.waiter.layer + 1 < shape().num_layers ? b.step / 2 : with_logits", "b.step / 2"),
 )  # fmt: skip
 KV = (
