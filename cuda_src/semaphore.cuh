@@ -4,7 +4,8 @@
 // Ordering. A unit's values are stored by the lanes of one warp; warp_sync makes them happen before its lane 0's fence, and that before
 // its signal. A consumer that has seen the signal fences, and the barrier after it hands what it has seen to the whole block. So the
 // values happen before the block's plain loads of them. Reuse: the same chain backwards. A block's plain loads of layer l happen before
-// its signals of the next exchange (barriers, the adders' mbarriers, a fence), which every block waits for before it stores again.
+// its signals of the next exchange (barriers, the adders' mbarriers, a fence), which every block waits for before it stores again. After
+// a step without logits, whose last exchange is o_proj's, it is the words of `sample` that do, with fences of the system on both sides.
 // The values lie where the other strategies keep tagged words, so a kernel must not use both: planner.py sees to it.
 #pragma once
 #include "norm.cuh"

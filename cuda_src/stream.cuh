@@ -16,8 +16,8 @@ struct Producer {
   RingCursor ring;     // the stage to fill next
   u32 num_filled = 0;  // stages filled so far, counted up to `window`
   u32 num_logits_even = 0,
-      num_logits_odd = 0;     // steps with logits, by parity: uses of the claim counters that others leave alone
-  u32 leaving, num_sampling;  // of this step's plan, read at its begin: later the next step's may stand there
+      num_logits_odd = 0;             // steps with logits, by parity: uses of the claim counters that others leave alone
+  u32 leaving = 0, num_sampling = 0;  // of this step's plan, read at its begin: later the next step's may stand there
 };
 
 // Takes the next stage: waits until the consumers have left it, and until at most window - 1 copies are in flight. More in flight

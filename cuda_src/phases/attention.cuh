@@ -274,7 +274,7 @@ DEV bool attention(Block& b) {
 }
 
 // Writes the step's k and v to their pages, in time for the next step. Called after gate_up, whose input every block could only make
-// once all had finished this layer's attention; the words stay until down_proj's exchange.
+// once all had finished this layer's attention; the words stay until down_proj's exchange, or `sample`.
 DEV void append_kv(Block& b) {
   if (!runs(Phase::kAttention)) return;
   const int dim = shape().head_dim, quads = dim / 4, kv_heads = shape().num_kv_heads, items = num_rows(b) * kv_heads;

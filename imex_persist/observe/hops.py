@@ -60,6 +60,8 @@ def hop_check(trace: Trace) -> dict:
                 continue
             left = out[..., target - 1].max(axis=1)
             seen = table["input"][..., target].min(axis=1)  # also where slice owners stand between: all words are in it
+            if not np.isfinite(left).all():  # of a step without logits, after its last o_proj
+                continue
             for rank in range(len(left)):
                 last = int(np.argmax(left)) if phase in EXCHANGED else rank
                 hop = float(seen[rank] - left[last])

@@ -202,7 +202,7 @@ def usual(trace: Trace) -> dict[tuple[str, Phase], float]:
     out = {}
     for phase in Phase:
         s = trace.spans[trace.spans["phase"] == phase]
-        if phase in (Phase.ATTENTION, Phase.LM_HEAD):
+        if phase in (Phase.ATTENTION, Phase.GATE_UP, Phase.DOWN_PROJ, Phase.LM_HEAD):
             s = s[s["value"] > 0]  # others had nothing to do
         if not len(s):
             continue

@@ -123,6 +123,8 @@ def exchange_rows(trace: Trace) -> list[dict]:
             left = out[..., source].max(axis=1)
             taken = table["sum"][..., target]
             seen = np.where(np.isnan(taken), table["input"][..., target], taken).max(axis=1)
+            if not np.isfinite(left).all():  # a step without logits has no last down_proj
+                continue
             late = int(np.argmax(left))
             count += 1
             last[late] += 1

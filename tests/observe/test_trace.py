@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import lru_cache
 
@@ -116,6 +117,12 @@ def test_a_step_without_logits_multiplies_no_further_than_its_last_o_proj():
             assert (spans["value"] == samples).all() and (~np.isnan(spans["sent"])).any() == samples
         assert (table["value"][table["phase"] == Phase.LM_HEAD] == samples).all()
         assert (table["value"][(table["phase"] == Phase.GATE_UP) & (table["layer"] < last)] == 1).all()
+
+
+def test_a_report_of_steps_without_logits_has_only_numbers():
+    kernel = run(requests=[{"prompt": [5, 9, 2, 7, 8, 1], "max_tokens": 2}])
+    text = json.dumps(report(trace_of(kernel), decode_only=False), allow_nan=False)
+    assert "exchanges" in text
 
 
 def test_a_late_block_is_waited_for():

@@ -33,7 +33,7 @@ def expect(condition: object, what: str) -> None:
 class Observation:
     tokens: list[list[int]]
     finishes: list[int]
-    rows: dict[tuple[int, int, int], bytes] = field(default_factory=dict)  # (rank, request, position) -> its tap, if it samples
+    rows: dict[tuple[int, int, int, bool], bytes] = field(default_factory=dict)  # (rank, request, position, logits) -> tap
     keys: list[list[np.ndarray]] = field(default_factory=list)  # [rank][request] keys and values of the positions that were run
 
 
@@ -90,12 +90,18 @@ def last_rows(shape: np.void, plans: np.ndarray) -> list[tuple[int, int, bool]]:
 
 
 def observe_rows(seen: Observation, rank: int, shape: np.void, tap: np.ndarray, rows: list[tuple[int, int, bool]]) -> None:
+    layers, logits = int(shape["num_layers"]), any(samples for *_, samples in rows)
     for r, (request, position, samples) in enumerate(rows):
-        parts = [tap_view(tap, shape, p, layer)[r] for layer in range(int(shape["num_layers"])) for p in LAYER_PHASES]
+        parts = [  # a step without logits leaves the last layer's out: what stands there is an older step's
+            tap_view(tap, shape, p, layer)[r]
+            for layer in range(layers)
+            for p in LAYER_PHASES
+            if logits or layer + 1 < layers or p not in (Phase.GATE_UP, Phase.DOWN_PROJ)
+        ]
         parts.append(tap_view(tap, shape, Phase.EMBED)[r])
         if samples:
             parts.append(tap_view(tap, shape, Phase.LM_HEAD)[r])
-        seen.rows[rank, request, position] = np.concatenate(parts).tobytes()
+        seen.rows[rank, request, position, logits] = np.concatenate(parts).tobytes()
 
 
 def observe_pages(seen: Observation, configuration: Configuration, shape: np.void, table: np.ndarray, bits: np.ndarray) -> None:
@@ -133,6 +139,6 @@ def compare(configuration: Configuration, known: Observation, seen: Observation)
         before = known.rows.setdefault(key, value)
         if len(before) == len(value) and before != value:
             a, b = np.frombuffer(before, np.uint32), np.frombuffer(value, np.uint32)
-            rank, request, position = key
+            rank, request, position, _ = key
             first = int(np.flatnonzero(a != b)[0])
             raise Wrong(f"request {request}: the tap of rank {rank} differs at position {position}, value {first} of {len(a)}")
