@@ -83,14 +83,15 @@ DEV void consume(Block& b) {
 }
 
 DEV Matrix matrix_of(const Block& b, Producer& p) {
-  u32& with_logits = b.step & 1 ? p.num_logits_odd : p.num_logits_even;
+  const bool odd = b.step & 1;
+  const u32 with_logits = odd ? p.num_logits_odd : p.num_logits_even;
   const u32 uses = b.waiter.layer + 1 < shape().num_layers ? b.step / 2 : with_logits;  // see multiplies_in
   switch (b.waiter.phase) {
     case Phase::kQkv: return qkv_matrix(b);
     case Phase::kOProj: return o_proj_matrix(b);
     case Phase::kGateUp: return gate_up_matrix(b, uses);
     case Phase::kDownProj: return down_proj_matrix(b, uses);
-    default: return lm_head_matrix(b, with_logits++);
+    default: p.num_logits_odd += odd, p.num_logits_even += !odd; return lm_head_matrix(b, with_logits);
   }
 }
 
