@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from imex_persist import abi, planner
 from imex_persist.abi import Phase
+from imex_persist.device import nvrtc
 from imex_persist.device.sim import SimDevice
 from imex_persist.model.config import ModelConfig
 from imex_persist.observe.capture import clocks_of
@@ -33,6 +35,8 @@ CONFIG = ModelConfig(
 WORLD, BLOCKS = 2, 4 if SIMULATED else 64
 REQUEST = [{"prompt": [5, 9, 2], "max_tokens": 16 if SIMULATED else 200}]
 DELAY_NS = 60_000
+LATE = [(1, 2, Phase.O_PROJ, 1), (0, 3, Phase.DOWN_PROJ, 2), (1, 0, Phase.GATE_UP, 0)]  # rank, block, phase, layer
+TRACE = 1 << 15
 EXCHANGES = {
     "ONE_SHOT": {},
     "ONE_SHOT_LOCAL": {"strategy": abi.Strategy.ONE_SHOT_LOCAL, "one_shot_rows": 0},
@@ -49,23 +53,32 @@ def open_device(delay: str, folder: Path):
         """Compiles the kernel with a planted delay."""
 
         def load(self, shape, **options):
-            if not delay:
-                return super().load(shape, **options)
-            source = folder / "delayed.cu"
-            source.write_text(f'#define IMEX_PLANTED_DELAY {delay}\n#include "decode.cu"\n')
-            return super().load(shape, source=source, **options)
+            return super().load(shape, source=source_of(delay, folder), **options)
 
     return Delayed(capable_gpus()[0][0])
 
 
-@lru_cache
-def traced(folder: Path, exchange: str = "ONE_SHOT", delay: str = "", trace: int = 1 << 15) -> tuple[list, Trace | None, list]:
-    """(tokens, trace, records) of a run on a device of its own; nothing of it stays on the GPU."""
-    device = open_device(delay, folder)
-    machine = replace(device.machine, num_blocks=min(BLOCKS, device.machine.num_blocks // (1 if SIMULATED else WORLD)))
-    shape = planner.make_shape(
+def source_of(delay: str, folder: Path) -> Path | None:
+    """A kernel with a planted delay; None: the usual one."""
+    if not delay:
+        return None
+    source = folder / f"delayed{''.join(c if c.isdigit() else '_' for c in delay)}.cu"
+    source.write_text(f'#define IMEX_PLANTED_DELAY {delay}\n#include "decode.cu"\n')
+    return source
+
+
+def shape_on(machine, exchange: str, trace: int) -> np.void:
+    machine = replace(machine, num_blocks=min(BLOCKS, machine.num_blocks // (1 if SIMULATED else WORLD)))
+    return planner.make_shape(
         CONFIG, world_size=WORLD, max_rows=1, max_model_len=256, machine=machine, trace=trace, **EXCHANGES[exchange]
     )
+
+
+@lru_cache
+def traced(folder: Path, exchange: str = "ONE_SHOT", delay: str = "", trace: int = TRACE) -> tuple[list, Trace | None, list]:
+    """(tokens, trace, records) of a run on a device of its own; nothing of it stays on the GPU."""
+    device = open_device(delay, folder)
+    shape = shape_on(device.machine, exchange, trace)
     try:
         kernel = TracedRun(device, shape, CONFIG)
         tokens = kernel.decode(REQUEST)
@@ -80,9 +93,26 @@ def traced(folder: Path, exchange: str = "ONE_SHOT", delay: str = "", trace: int
     return tokens, decode(events, shape, AXIS, clocks), kernel.records
 
 
+def delay_of(rank: int, block: int, phase: Phase, layer: int) -> str:
+    return f"{{{rank}, {block}, {int(phase)}, {layer}, {DELAY_NS}}}"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("kernel")
+    """For the kernels' sources. On a GPU all of them are compiled first, side by side."""
+    folder = tmp_path_factory.mktemp("kernel")
+    if not SIMULATED:
+        device = open_device("", folder)
+        arch, shapes = device.arch, {exchange: shape_on(device.machine, exchange, TRACE) for exchange in EXCHANGES}
+        device.close()
+        builds = [
+            (shape, source_of(delay, folder))
+            for shape in shapes.values()
+            for delay in ("", *(delay_of(*late) for late in LATE))
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda build: nvrtc.compile_kernel(build[0], arch, build[1]), builds))
+    return folder
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -114,11 +144,9 @@ def test_phases_follow_each_other_and_end_before_their_records(folder):
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize(
-    ("rank", "block", "phase", "layer"), [(1, 2, Phase.O_PROJ, 1), (0, 3, Phase.DOWN_PROJ, 2), (1, 0, Phase.GATE_UP, 0)]
-)
+@pytest.mark.parametrize(("rank", "block", "phase", "layer"), LATE)
 def test_a_planted_delay_is_named(folder, exchange, rank, block, phase, layer):
-    _, trace, _ = traced(folder, exchange, f"{{{rank}, {block}, {int(phase)}, {layer}, {DELAY_NS}}}")
+    _, trace, _ = traced(folder, exchange, delay_of(rank, block, phase, layer))
     numbers = report(trace)
     worst = numbers["critical_path"]["suspects"][0]
     assert (worst["rank"], worst["block"], worst["phase"], worst["worst_layer"]) == (rank, block, phase.name.lower(), layer)
