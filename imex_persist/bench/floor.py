@@ -18,6 +18,7 @@ READ_RUNS = {"cuda": 7, "sim": 3}
 WINDOWS = (3, 6, 12)  # tiles of 16 KB in flight an SM; the kernel's own is planner.make_shape's
 GATHER_WORDS = (1024, 4096, 8192, 16384)
 LOOPS = {"cuda": (50, 2000), "sim": (1, 20)}  # warm-up and timed iterations
+PAUSED_ECHOES = 100
 RING_STAGES = 12
 BARRIER_WORDS = 1024  # room for two sets of a word a block
 
@@ -120,12 +121,13 @@ def measure_pings(ranks: Ranks) -> list[dict]:
     return rows
 
 
-def measure_echo(placement: Placement) -> dict:
-    """µs of a round trip CPU → GPU → CPU of a word in mapped host memory, from Python, on the first machine."""
+def measure_echo(placement: Placement, pause_s: float = 0.0) -> dict:
+    """µs of a round trip CPU → GPU → CPU of a word in mapped host memory, from Python, on the first machine; `pause_s` between two."""
     warmup, loops = LOOPS[placement.kind]
+    loops = loops if not pause_s else min(loops, PAUSED_ECHOES)
     job = {"probe": int(abi.Probe.ECHO), "iterations": loops, "warmup": warmup}
     with Ranks(Placement((replace(placement.places[0], ranks=(0,)),))) as first:
         first.prepare("floor.cu", shape_for(first))
-        (reply,) = first.step("echo", {"job": job})
+        (reply,) = first.step("echo", {"job": job, "pause_s": pause_s})
     us = sorted(ns / 1e3 for ns in reply["ns"])
     return {"median_us": us[len(us) // 2], "p99_us": us[len(us) * 99 // 100], "min_us": us[0]}

@@ -60,9 +60,10 @@ def latency(args: argparse.Namespace) -> int:
 
 def doorbell(args: argparse.Namespace) -> int:
     run = _Run("doorbell", args, doorbell_bench.settings())
-    echo = floor_bench.measure_echo(run.placement)
+    echo, after_idle = (floor_bench.measure_echo(run.placement, pause_s) for pause_s in (0.0, doorbell_bench.IDLE_S))
     with run.engine() as llm:
         run.record |= doorbell_bench.measure(llm)
+    run.record["bound_after_idle_us"] = after_idle["median_us"]
     run.record["bound_us"] = echo["median_us"]
     run.record["ratio"] = run.record["noop"]["median_us"] / echo["median_us"]
     return run.end(tables.print_doorbell)

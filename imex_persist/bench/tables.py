@@ -66,7 +66,10 @@ def print_doorbell(r: dict) -> None:
         )
     ]
     print_table(_title(r), columns, rows)
-    print(f"floor: a word in mapped memory, there and back, {r['bound_us']:.2f} µs in this run; ratio {r['ratio']:.2f}")
+    print(
+        f"floor: a word in mapped memory, there and back, {r['bound_us']:.2f} µs in this run, {r['bound_after_idle_us']:.2f} after 10 ms "
+        f"without any; ratio {r['ratio']:.2f}"
+    )
     print(
         f"first token of an idle kernel: {r['first_token_us']:.1f} µs, a step takes {r['step_us']:.1f} µs, "
         f"so {r['first_token_beyond_us']:.1f} µs beyond it ({r['first_token_after_sleep_beyond_us']:.1f} µs if the host slept): "

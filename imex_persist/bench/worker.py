@@ -75,14 +75,17 @@ class Worker:
         return {"result": {str(rank): self.probe.result(rank, m["count"]).tolist() for rank in self.ranks}}
 
     def echo(self, m: dict) -> dict:
-        """Round trips of a word: this thread, the kernel, this thread. Shared memory as the mailbox's, mapped as it is."""
+        """Round trips of a word: this thread, the kernel, this thread, `pause_s` apart, in which this thread looks at the answer's place.
+        Shared memory as the mailbox's, mapped as it is."""
         block = SharedBlock.create(4096)
         words = block.view.cast("Q")
         launch = self.probe.launch(m["job"] | {"host": self.device.map_host(block.view)}, {})
         times = []
         limit = time.monotonic() + ECHO_S
         for epoch in range(self.probe.epoch + 1, self.probe.epoch + 1 + m["job"]["warmup"] + m["job"]["iterations"]):
-            word = epoch << 32
+            word, begin = epoch << 32, time.perf_counter() + m["pause_s"]
+            while m["pause_s"] and time.perf_counter() < begin:
+                words[16]
             began = time.perf_counter_ns()
             words[1] = word
             words[0] = word
