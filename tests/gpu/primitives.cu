@@ -96,7 +96,8 @@ KERNEL attend(const char* q, const char* chunks, float* merge, int heads, int co
     flash_zero(f);
     for (int c = warp_index(); c < count; c += workers) {
       const int left = valid - c * kChunk;
-      flash_chunk(f, memory + count * chunk_bytes, memory + c * chunk_bytes, heads, heads, left < kChunk ? left : kChunk, scale);
+      flash_chunk(f, memory + count * chunk_bytes, memory + c * chunk_bytes, heads, heads, left < kChunk ? left : kChunk,
+                  scale);
     }
     flash_store(f, merged + warp_index() * stride, heads);
   }

@@ -34,7 +34,8 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams p) {
     flash_zero(f);
     for (int at = 0; at < (int)s.num_layers; at += kChunk) {
       const int valid = (int)s.num_layers - at < kChunk ? (int)s.num_layers - at : kChunk;
-      flash_chunk(f, x, (const char*)me.params->kv + (size_t)at * s.head_dim * 4, s.num_heads, s.num_heads, valid, s.attn_scale);
+      flash_chunk(f, x, (const char*)me.params->kv + (size_t)at * s.head_dim * 4, s.num_heads, s.num_heads, valid,
+                  s.attn_scale);
     }
     flash_store(f, part, s.num_heads);
     results = s.num_heads * (s.head_dim + 2);
