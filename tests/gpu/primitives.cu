@@ -41,6 +41,20 @@ KERNEL warps(const float* in, const u64* keys, float* sums, float* maxima, u64* 
   totals[i] = warp_sum(keys[i]);
 }
 
+// The same over groups of `lanes` lanes; sums of integers over the warp, and whether all of them are odd: [warps, 32] each.
+KERNEL groups(const float* in, const u32* numbers, float* sums, float* maxima, u32* totals, u32* odd, int lanes) {
+  const int i = thread_index();
+  sums[i] = lanes_sum(in[i], lanes);
+  maxima[i] = lanes_max(in[i], lanes);
+  totals[i] = warp_sum(numbers[i]);
+  odd[i] = warp_all(numbers[i] & 1);
+}
+
+// above, below, quotients: float [count]
+KERNEL quotients(const float* above, const float* below, float* quotients, int count) {
+  for (int i = thread_index(); i < count; i += kThreads) quotients[i] = fast_divide(above[i], below[i]);
+}
+
 // flags: u32 [rounds, consumer threads]; any: u32 [rounds, consumer threads]
 KERNEL votes(const u32* flags, u32* any, int rounds) {
   if (warp_index() >= kConsumerWarps) return;
@@ -81,11 +95,12 @@ KERNEL accumulate(const char* tile, const char* x, float* part, int chunks, int 
   for (int i = thread_index(); i < values; i += kThreads) part[i] = sums[i];
 }
 
-// q: bf16 [head_dim / 32, heads, 32]; chunks: [count] of K and V as packed; merge: float [warps, heads, head_dim + 2]
-// Each of the first `workers` warps takes every workers-th chunk; `valid` positions in all.
-KERNEL attend(const char* q, const char* chunks, float* merge, int heads, int count, int valid, int workers, float scale) {
-  const int q_bytes = shape().head_dim * heads * 2, chunk_bytes = shape().head_dim * kChunk * 4;
-  const int stride = heads * (shape().head_dim + 2);
+// q: bf16 [head_dim / 32, queries, 32]; chunks: [count] of K and V as packed; merge: float [warps, queries, head_dim + 2]
+// Each of the first `workers` warps takes every workers-th chunk; `valid` positions in all, for each `heads` queries one more.
+KERNEL attend(const char* q, const char* chunks, float* merge, int queries, int heads, int count, int valid, int workers,
+              float scale) {
+  const int q_bytes = shape().head_dim * queries * 2, chunk_bytes = shape().head_dim * kChunk * 4;
+  const int stride = queries * (shape().head_dim + 2);
   char* memory = scratch();
   float* merged = (float*)(memory + count * chunk_bytes + q_bytes);
   copy_in(memory, chunks, count * chunk_bytes);
@@ -94,12 +109,9 @@ KERNEL attend(const char* q, const char* chunks, float* merge, int heads, int co
   if (warp_index() < workers) {
     Flash f;
     flash_zero(f);
-    for (int c = warp_index(); c < count; c += workers) {
-      const int left = valid - c * kChunk;
-      flash_chunk(f, memory + count * chunk_bytes, memory + c * chunk_bytes, heads, heads, left < kChunk ? left : kChunk,
-                  scale);
-    }
-    flash_store(f, merged + warp_index() * stride, heads);
+    for (int c = warp_index(); c < count; c += workers)
+      flash_chunk(f, memory + count * chunk_bytes, memory + c * chunk_bytes, queries, heads, valid - c * kChunk, scale);
+    flash_store(f, merged + warp_index() * stride, queries);
   }
   block_sync();
   for (int i = thread_index(); i < workers * stride; i += kThreads) merge[i] = merged[i];

@@ -47,6 +47,33 @@ def test_warp_sum_and_maximum_reach_every_lane(bench):
     np.testing.assert_array_equal(totals.get(), np.repeat(keys.sum(1, keepdims=True, dtype=np.uint64), 32, 1))
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16, 32])
+def test_groups_of_lanes(bench, lanes):
+    rng = np.random.default_rng(lanes)
+    values = rng.standard_normal((abi.NUM_WARPS, 32)).astype(np.float32)
+    numbers = rng.integers(0, 1 << 32, (abi.NUM_WARPS, 32), np.uint32)
+    numbers[::3] |= 1
+    xp = bench.xp
+    sums, maxima = (xp.zeros_like(xp.asarray(values)) for _ in range(2))
+    totals, odd = (xp.zeros_like(xp.asarray(numbers)) for _ in range(2))
+    bench.run("groups", xp.asarray(values), xp.asarray(numbers), sums, maxima, totals, odd, np.int32(lanes))
+    groups = values.reshape(abi.NUM_WARPS, -1, lanes)
+    np.testing.assert_allclose(sums.get(), np.repeat(groups.sum(2), lanes, 1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(maxima.get(), np.repeat(groups.max(2), lanes, 1))
+    np.testing.assert_array_equal(totals.get(), np.repeat(numbers.sum(1, keepdims=True, dtype=np.uint32), 32, 1))
+    np.testing.assert_array_equal(odd.get(), np.repeat((numbers % 2 == 1).all(1, keepdims=True), 32, 1))
+
+
+def test_quotients(bench):
+    rng = np.random.default_rng(7)
+    above, below = (rng.standard_normal(4000).astype(np.float32) * 10.0 ** rng.integers(-6, 6, 4000) for _ in range(2))
+    above, below = above.astype(np.float32), below.astype(np.float32)
+    below[:2] = np.inf  # as 1 + e^x is for a large x
+    out = bench.xp.zeros(4000, np.float32)
+    bench.run("quotients", bench.xp.asarray(above), bench.xp.asarray(below), out, np.int32(4000))
+    np.testing.assert_allclose(out.get(), above / below, rtol=3e-7)
+
+
 def test_products_of_bf16_pairs(bench):
     """Exact in float32, then rounded once."""
     one, other = (to_bf16(np.random.default_rng(seed).standard_normal(2000) * 30) for seed in (5, 6))
@@ -115,29 +142,34 @@ def pack_chunk(k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
-@pytest.mark.parametrize("heads", [1, 3, 4, 8, 9, 16])
-def test_attend(bench, head_dim, heads):
-    rng = np.random.default_rng(head_dim + heads)
+@pytest.mark.parametrize(("heads", "rows"), [(1, 1), (3, 1), (4, 1), (8, 1), (9, 1), (16, 1), (4, 4), (3, 5), (1, 8), (8, 2)])
+def test_attend(bench, head_dim, heads, rows):
+    """Queries of several rows: each sees one position more than the row before, in the last chunk."""
+    rng, queries = np.random.default_rng(head_dim + heads), heads * rows
     scale = head_dim**-0.5
-    for count, valid, workers in ((1, 1, 1), (1, 32, 1), (2, 45, 1), (4, 128, 3), (4, 97, 8)):
-        q, k, v = (rng.standard_normal(shape) for shape in ((heads, head_dim), (32 * count, head_dim), (32 * count, head_dim)))
+    for count, last, workers in ((1, 8, 1), (1, 32, 1), (2, 45, 1), (4, 128, 3), (4, 104, 8)):
+        valid = last + 1 - rows  # of the first row
+        q, k, v = (
+            rng.standard_normal(shape) for shape in ((queries, head_dim), (32 * count, head_dim), (32 * count, head_dim))
+        )
         k[: 32 * count : 7] *= 4.0  # peaks, so that the running maximum moves
         qb, kb, vb = to_bf16(q), to_bf16(k), to_bf16(v)
-        kb[valid:], vb[valid:] = 0x7F00, 0x7F00  # huge but finite: nothing past `valid` may be seen
+        kb[last:], vb[last:] = 0x7F00, 0x7F00  # huge but finite: nothing past `last` may be seen
         chunks = np.concatenate([pack_chunk(kb[c * 32 : c * 32 + 32], vb[c * 32 : c * 32 + 32]) for c in range(count)])
-        q_order = np.ascontiguousarray(qb.reshape(heads, head_dim // 32, 32).transpose(1, 0, 2))
-        merge = bench.xp.full((workers, heads, head_dim + 2), 5.0, np.float32)
+        q_order = np.ascontiguousarray(qb.reshape(queries, head_dim // 32, 32).transpose(1, 0, 2))
+        merge = bench.xp.full((workers, queries, head_dim + 2), 5.0, np.float32)
         arrays = bench.xp.asarray(q_order), bench.xp.asarray(chunks)
-        numbers = np.int32(heads), np.int32(count), np.int32(valid), np.int32(workers), np.float32(scale)
-        bench.run("attend", *arrays, merge, *numbers, head_dim=head_dim, smem_bytes=160 * 1024)
-        scores = from_bf16(qb).astype(np.float64) @ from_bf16(kb)[:valid].T.astype(np.float64) * scale
+        numbers = *map(np.int32, (queries, heads, count, valid, workers)), np.float32(scale)
+        bench.run("attend", *arrays, merge, *numbers, head_dim=head_dim, attention_rows=rows, smem_bytes=160 * 1024)
+        scores = from_bf16(qb).astype(np.float64) @ from_bf16(kb)[:last].T.astype(np.float64) * scale
+        scores[np.arange(last) >= valid + np.arange(queries)[:, None] // heads] = -np.inf
         weights = np.exp(scores - scores.max(1, keepdims=True))
-        want = weights @ from_bf16(vb)[:valid].astype(np.float64) / weights.sum(1, keepdims=True)
+        want = weights @ from_bf16(vb)[:last].astype(np.float64) / weights.sum(1, keepdims=True)
         out, top, total = np.split(merge.get().astype(np.float64), [head_dim, head_dim + 1], axis=2)
         factor = np.exp(top - top.max(0))  # of a warp's sums, as attention.cuh combines them
         got = (out * factor).sum(0) / (total * factor).sum(0)
         np.testing.assert_allclose(top.max(0)[:, 0], scores.max(1), rtol=1e-4, atol=1e-3)
-        np.testing.assert_allclose(got, want, rtol=0, atol=2.0**-7 * np.abs(from_bf16(vb)[:valid]).max())
+        np.testing.assert_allclose(got, want, rtol=0, atol=2.0**-7 * np.abs(from_bf16(vb)[:last]).max())
 
 
 def test_words_ping_pong_between_blocks(bench):
