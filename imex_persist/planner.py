@@ -250,9 +250,9 @@ def _place_shared_memory(
         s["smem_bytes"] = offset + int(s["ring_stages"]) * abi.STAGE_BYTES
         return int(s["ring_stages"])
 
-    fewest = place(1)
+    most = place(1)
     for together in range(min(rows, QUERIES // group, attention_rows), 0, -1):  # as many as cost no stage
-        if place(together) == fewest:
+        if place(together) == most:
             break
 
 

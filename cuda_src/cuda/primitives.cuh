@@ -173,17 +173,10 @@ DEV float lanes_max(float v, int lanes) {
   for (int o = lanes / 2; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, o));
   return v;
 }
-DEV float warp_sum(float v) {
-  UNROLL for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
-  return v;
-}
+DEV float warp_sum(float v) { return lanes_sum(v, LANES); }
 DEV u32 warp_sum(u32 v) { return __reduce_add_sync(~0u, v); }
 DEV u64 warp_sum(u64 v) {
   UNROLL for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
-  return v;
-}
-DEV float warp_max(float v) {
-  UNROLL for (int o = 16; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, o));
   return v;
 }
 DEV u64 warp_max(u64 v) {

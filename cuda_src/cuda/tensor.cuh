@@ -127,9 +127,9 @@ DEV void flash_zero(Flash& f) {
   UNROLL for (int i = 0; i < kMaxHeadDim / 8; i++) UNROLL for (int j = 0; j < 4; j++) f.out[i][j] = 0.f;
 }
 // Attends to a chunk's 32 positions: query i, of row i / heads, to the first `valid` + i / heads. q: bf16 [head_dim / 32, queries, 32] in
-// shared memory; chunk: K then V
-// in the order of packing.py: lane (n, quarter) finds 8 consecutive dims of a K row, or 8 consecutive positions of a V dim, in one
-// 16-byte load, and the scores of its four K units are exactly the operand it needs for V: no shared memory in between.
+// shared memory; chunk: K then V in the order of packing.py: lane (n, quarter) finds 8 consecutive dims of a K row, or 8 consecutive
+// positions of a V dim, in one 16-byte load, and the scores of its four K units are exactly the operand it needs for V: no shared memory in
+// between.
 DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, int heads, int valid, float scale) {
   constexpr int kDim = shape().head_dim;
   const int lane = lane_index(), quarter = lane % 4, mine[2] = {min(lane / 4, queries - 1), min(lane / 4 + 8, queries - 1)};

@@ -331,17 +331,12 @@ DEV float lanes_sum(float v, int lanes) {
 DEV float lanes_max(float v, int lanes) {
   return lanes_reduce(v, lanes, [](float a, float b) { return fmaxf(a, b); });
 }
-DEV float warp_sum(float v) {
-  return warp_reduce(v, [](float a, float b) { return a + b; });
-}
+DEV float warp_sum(float v) { return lanes_sum(v, LANES); }
 DEV u32 warp_sum(u32 v) {
   return warp_reduce(v, [](u32 a, u32 b) { return a + b; });
 }
 DEV u64 warp_sum(u64 v) {
   return warp_reduce(v, [](u64 a, u64 b) { return a + b; });
-}
-DEV float warp_max(float v) {
-  return warp_reduce(v, [](float a, float b) { return fmaxf(a, b); });
 }
 DEV u64 warp_max(u64 v) {
   return warp_reduce(v, [](u64 a, u64 b) { return a > b ? a : b; });

@@ -173,11 +173,6 @@ class Mailbox:
         return sequence
 
     # ---------------------------------------------------------------------------------------- records
-    @property
-    def has_record(self) -> bool:
-        """Whether `poll` would find something; cheaper than to ask it."""
-        return self._next_words() is not None
-
     def await_record(self, looks: int) -> bool:
         """Whether there is something to `poll` within so many looks, each as short as Python can make it."""
         words, at, tag = self._u8, (_RECORDS + self._read % abi.RECORD_SLOTS * _RECORD.size) // 8 + 7, (self._read + 1) & _MASK

@@ -32,11 +32,10 @@ KERNEL numbers(const float* in, u32* pairs, float* back, float* exps, float* roo
   }
 }
 
-// in: float, keys: u64 [warps, 32]; sums, maxima: float, tops, totals: u64 [warps, 32]: what each lane was told
-KERNEL warps(const float* in, const u64* keys, float* sums, float* maxima, u64* tops, u64* totals) {
+// in: float, keys: u64 [warps, 32]; sums: float, tops, totals: u64 [warps, 32]: what each lane was told
+KERNEL warps(const float* in, const u64* keys, float* sums, u64* tops, u64* totals) {
   const int i = thread_index();
   sums[i] = warp_sum(in[i]);
-  maxima[i] = warp_max(in[i]);
   tops[i] = warp_max(keys[i]);
   totals[i] = warp_sum(keys[i]);
 }

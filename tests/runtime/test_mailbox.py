@@ -117,9 +117,9 @@ def test_a_record_is_read_when_all_its_words_are_there(make_box):
             box.mailbox._read = sequence - 1
             words = box.kernel.records[place : place + 1].view(np.uint64)
             for i in rng.permutation(8):
-                assert box.mailbox.poll() == [] and not box.mailbox.has_record
+                assert box.mailbox.poll() == [] and not box.mailbox.await_record(1)
                 words[i] = sequence << 32 | (10 * sequence + int(i))
-            assert box.mailbox.has_record
+            assert box.mailbox.await_record(1)
             (record,) = box.mailbox.poll()
             at = 10 * sequence
             assert record == (sequence, at, at + 1, at + 2, at + 3, at + 4, (at + 7) << 32 | at + 6)
