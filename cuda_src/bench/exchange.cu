@@ -43,11 +43,15 @@ DEV void send_parts(Block& b, Exchange x, u32 epoch) {
              : send_unit(b, x, num_rows(b), slice, unit, epoch, sum);
   }
 }
-DEV bool reduce_all(Block& b, u32 epoch) {
-  const Exchange x = epoch & 1 ? o_exchange() : down_exchange();
+DEV bool reduce(Block& b, Exchange x, u32 epoch) {
   send_parts(b, x, epoch);
   if (dense(b)) return replicated(num_rows(b)) ? receive_dense_whole(b, x, epoch) : receive_dense_local(b, x, epoch);
   return receive(b, x, epoch, false);
+}
+// Each by code of its own, as in decode.cu: sizes of an exchange that is chosen at run time would be no constants, and every word's place a
+// division of 40 instructions.
+DEV bool reduce_all(Block& b, u32 epoch) {
+  return epoch & 1 ? reduce(b, o_exchange(), epoch) : reduce(b, down_exchange(), epoch);
 }
 
 DEV bool gather_all(Block& b, u32 epoch) {

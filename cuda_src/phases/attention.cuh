@@ -38,14 +38,14 @@ DEV bool find_item(const Block& b, int index, Item& item) {
       continue;
     }
     const u32 position = b.shared->rows[row].position;
-    const int group = index / splits, per = pages_per_run(position), part = group % head_blocks();
+    const int group = quotient(index, splits), per = pages_per_run(position), part = group % head_blocks();
     item.row = row;
     item.kv_head = group / head_blocks();
     item.first_head = item.kv_head * group_size() + part * kMaxHeads;
     item.heads = smaller(kMaxHeads, group_size() - part * kMaxHeads);
     item.queries = item.rows * item.heads;
     item.position = position + item.rows - 1;
-    item.split = index % splits;
+    item.split = index - group * splits;
     item.splits = splits;
     item.first_page = item.split * per;
     item.end_page = smaller(item.first_page + per, position / shape().page_size + 1);
@@ -205,24 +205,24 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
 // Merges the runs of long contexts: a lane takes a run of a pair of outputs, so a warp merges as many pairs as it has lanes for. All rows'
 // pairs are dealt to the warps of all blocks, and all is done in one hop.
 DEV void merge_splits(Block& b, u32 epoch) {
-  constexpr int kPerLane = kMaxSplits / LANES;
+  constexpr int kPerLane = kMaxSplits / LANES, kLaneBits = LANES == 32 ? 5 : 0;
   const int dim = shape().head_dim, pairs = shape().num_heads * dim / 2;
   int turn = b.index + shape().num_blocks * b.warp, row = 0;  // of the warp, among the row's
   ROLLED while (row < num_rows(b)) {
     const int splits = b.shared->rows[row].runs;
-    int lanes = 1;  // of a pair
-    while (lanes < splits && lanes < LANES) lanes *= 2;
-    const int at_once = LANES / lanes, turns = splits > 1 ? divide_up(pairs, at_once) : 0;
+    int bits = 0;  // 1 << bits lanes take a pair
+    while (1 << bits < splits && 1 << bits < LANES) bits++;
+    const int lanes = 1 << bits, at_once = LANES >> bits, turns = splits > 1 ? (pairs + at_once - 1) >> (kLaneBits - bits) : 0;
     if (turn >= turns) {
       turn -= turns, row++;
       continue;
     }
-    const int mine = turn * at_once + b.lane / lanes, pair = smaller(mine, pairs - 1), head = pair / (dim / 2), d = pair % (dim / 2) * 2;
+    const int mine = turn * at_once + (b.lane >> bits), pair = smaller(mine, pairs - 1), head = pair / (dim / 2), d = pair % (dim / 2) * 2;
     float top = kMinusInfinity, sum = 0.f;
     float2 part[kPerLane], scale[kPerLane], v = {0.f, 0.f};
     UNROLL for (int j = 0; j < kPerLane; j++) {
       part[j] = {0.f, 0.f}, scale[j] = {kMinusInfinity, 0.f};
-      const int split = b.lane % lanes + j * lanes;
+      const int split = (b.lane & (lanes - 1)) + j * lanes;
       if (j * lanes >= splits) continue;
       const u64* from = own_words(b, split_words(row, head, smaller(split, splits - 1)));
       u32 words[2][2];
@@ -244,7 +244,7 @@ DEV void merge_splits(Block& b, u32 epoch) {
     v.x = lanes_sum(v.x, lanes);
     v.y = lanes_sum(v.y, lanes);
     sum = lanes_sum(sum, lanes);
-    if (b.lane % lanes == 0 && mine < pairs && !b.waiter.failed) put_output(b, row, head, d, {fast_divide(v.x, sum), fast_divide(v.y, sum)}, epoch);
+    if ((b.lane & (lanes - 1)) == 0 && mine < pairs && !b.waiter.failed) put_output(b, row, head, d, {fast_divide(v.x, sum), fast_divide(v.y, sum)}, epoch);
     turn += shape().num_blocks * kConsumerWarps;
   }
 }
