@@ -19,7 +19,7 @@ DEFAULT_MAX_ROWS = 8  # as many as fit, at most so many
 DEFAULT_MAX_MODEL_LEN = {"cuda": 8192, "sim": 2048}
 DEFAULT_DEADLINE_S = {"cuda": 2.0, "sim": 20.0}  # the simulator's ranks share few cores with everything else
 STRATEGIES = tuple(member.name for member in abi.Strategy)
-MEASURED = "MEASURED"  # of the strategies: what the exchange alone likes best on these GPUs (runtime/strategy.py)
+MEASURED, PLANNED = "MEASURED", "PLANNED"  # instead of a strategy: by whole steps at start (runtime/strategy.py), or by sizes
 EXCHANGE_DTYPES = ("float32", "bfloat16")
 P2P_LEVELS = ("LOC", "NVL", "PIX", "PXB", "PHB", "SYS")  # NCCL's words, the strictest first
 _P2P_NUMBERS = ("LOC", "PIX", "PXB", "PHB", "SYS")  # NCCL's older form of them
@@ -61,7 +61,8 @@ class EngineConfig:
     seed: int = setting(0, "seed of dummy weights; of drawn tokens too, where `generate` is given it")
     exchange: str | None = setting(
         None,
-        f"all-reduce strategy of every step: {', '.join(STRATEGIES)}; {MEASURED}: by size, as measured at start; else planned",
+        f"all-reduce strategy of every step: {', '.join(STRATEGIES)}; {PLANNED}: by size; {MEASURED}: what takes least here, timed once "
+        f"at start; else {MEASURED} on GPUs, {PLANNED} in the simulator",
     )
     exchange_dtype: str = setting(
         "float32", "what partial sums are exchanged as: float32, or bfloat16, which is half the bytes and rounds them"
@@ -98,7 +99,7 @@ class EngineConfig:
             raise ValueError(f"trace_events is {self.trace_events}: 0 or a power of two is allowed")
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         if self.exchange is not None:
-            _one_of("exchange", self.exchange, (*STRATEGIES, MEASURED))
+            _one_of("exchange", self.exchange, (*STRATEGIES, PLANNED, MEASURED))
         _one_of("exchange_dtype", self.exchange_dtype, EXCHANGE_DTYPES)
         if self.p2p_level is not None:
             object.__setattr__(self, "p2p_level", _p2p_level(self.p2p_level))

@@ -45,9 +45,13 @@ class LLM:
         self.group = Group(placement, deadline_s=deadline_s)
         try:
             machine = capacity.shared_machine(self.group.open(), len(placement.places[0].ranks))
-            self.shape = self._plan(machine, placement.kind)
+            shapes = self._shapes(machine, placement.kind)
+            known = strategy.remembered(self.group, shapes)
+            shapes = shapes if known is None else [known]
             with startup.progress_bar(self.config.tensor_parallel_size) as progress:
-                mailbox = self.group.launch(self.shape, weights.spec(self.config), self.max_model_len, progress)
+                self.group.prepare(shapes, weights.spec(self.config), self.max_model_len, progress)
+            self.shape = strategy.measure(self.group, shapes, self.max_model_len) if known is None else known
+            mailbox = self.group.start(next(i for i, shape in enumerate(shapes) if shape is self.shape))
             self._engine = Engine(
                 mailbox,
                 num_slots=int(self.shape["num_slots"]),
@@ -116,22 +120,20 @@ class LLM:
         return self._engine
 
     # ---------------------------------------------------------------------------------------- inside
-    def _plan(self, machine, kind: str) -> np.void:
-        """The shape, with the exchange strategy that is set, measured here, or planned from sizes."""
+    def _shapes(self, machine, kind: str) -> list[np.void]:
+        """The shape; or several, the planned one first, if how ranks exchange is to be measured."""
         free = self.group.free_bytes if kind == "cuda" else None  # the simulator's is everybody's
 
-        def make(choice: strategy.Choice | None = None) -> np.void:
-            exchange = choice and (choice.one_shot_rows, choice.strategy)
-            return capacity.choose_shape(self.config, self.model.config, machine, kind, free, exchange)
+        def make(*exchange) -> np.void:
+            return capacity.choose_shape(self.config, self.model.config, machine, kind, free, exchange or None)
 
-        plan = make()
-        if self.config.strategy is not None:
-            self.group.strategy_source = "set"
-        elif self.config.exchange == MEASURED and kind == "cuda" and self.config.tensor_parallel_size > 1:
-            shape = strategy.replan(strategy.measured_choice(self.group, plan, machine), plan, make)
-            self.group.strategy_source = "planned" if shape is plan else "measured"
-            return shape
-        return plan
+        plan, given = make(), self.config.exchange
+        self.group.strategy_source = "planned" if self.config.strategy is None else "set"
+        asked = given == MEASURED or (given is None and kind == "cuda")  # the simulator's times say nothing
+        if not asked or self.config.tensor_parallel_size == 1 or self.max_model_len < strategy.LEAST_LEN:
+            return [plan]
+        self.group.strategy_source = "measured"
+        return strategy.candidates(plan, make)
 
     def _prepare(self, given: inputs.Prompts, sampling_params) -> tuple[list, list[SamplingParams]]:
         """([(text or None, Submission)], params), all validated before anything is submitted; n of each prompt."""

@@ -8,7 +8,7 @@
 namespace imex {
 
 // What a source adds to output n of a row: small whole numbers, others each time, whose sums are exact in any order and in bf16, so that
-// every bit can be checked; or fractions, to see what rounding costs. runtime/exchange.py has the same.
+// every bit can be checked; or fractions, to see what rounding costs. imex_persist/bench/sums.py has the same.
 constexpr u32 kTurns = 17;  // after so many a source begins again
 DEV u32 mixed(u32 a, u32 b) {
   u32 h = a * 0x9e3779b1u + b * 0x85ebca77u + 0x165667b1u;

@@ -12,9 +12,10 @@ from statistics import median
 import numpy as np
 
 from imex_persist import abi, planner
+from imex_persist.bench import sums
 from imex_persist.bench.ranks import Ranks
 from imex_persist.errors import FaultError
-from imex_persist.runtime import capacity, exchange
+from imex_persist.runtime import capacity
 
 SOURCE = "exchange.cu"
 LOOPS = {"cuda": (200, 2000), "sim": (1, 4)}  # warm-up and timed iterations of a launch
@@ -103,16 +104,16 @@ def _measure(ranks: Ranks, variant: Variant, hidden: int, rows: list[int]) -> li
     for name in names:
         times = []
         for _ in range(RUNS[ranks.placement.kind]):
-            job = exchange.job(name["rows"], warmup=warmup, iterations=loops, kind=variant.kind)
+            job = sums.job(name["rows"], warmup=warmup, iterations=loops, kind=variant.kind)
             times.append(max(ranks.run(job).values()) / loops / 1e3)
             epoch += warmup + loops
             check(ranks, shape, job, epoch, name)
         name["us"] = median(times)
         name["blocks"] = int(shape["num_blocks"])
     if not variant.gather:
-        job = exchange.job(max(rows), warmup=0, iterations=1, kind=variant.kind, fractions=True)
+        job = sums.job(max(rows), warmup=0, iterations=1, kind=variant.kind, fractions=True)
         ranks.run(job)
-        error = exchange.errors(shape, max(rows), ranks.results())
+        error = sums.errors(shape, max(rows), ranks.results())
         for name in names:
             name["error"] = error
     return names
@@ -120,7 +121,7 @@ def _measure(ranks: Ranks, variant: Variant, hidden: int, rows: list[int]) -> li
 
 def check(ranks: Ranks, shape, job: dict, epoch: int, name: dict) -> None:
     """Every block's check of what it ended with. Raises FaultError, naming who has something else."""
-    expected = exchange.checks(shape, job, epoch)
+    expected = sums.checks(shape, job, epoch)
     for rank, values in ranks.results(int(shape["num_blocks"])).items():
         wrong = [block for block in range(int(shape["num_blocks"])) if values[block] != expected]
         if wrong:

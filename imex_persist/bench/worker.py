@@ -15,13 +15,13 @@ import traceback
 
 import numpy as np
 
+from imex_persist.bench.probe import Probe, fill, kernel_source
 from imex_persist.device.base import Buffer, Device
 from imex_persist.errors import ImexError
 from imex_persist.runtime import capacity
 from imex_persist.runtime.control import Channel, Closed
 from imex_persist.runtime.lifeline import exit_after, follow_parent
 from imex_persist.runtime.machines import SIM_BLOCKS, open_device
-from imex_persist.runtime.probe import Probe, fill, kernel_source
 from imex_persist.runtime.shared import SharedBlock
 
 END_S = 10.0  # for this process to free its memory and exit

@@ -74,8 +74,8 @@ class Device(Protocol):
         """`nbytes` bytes as a uint8 array."""
         ...
 
-    def compile(self, shapes: list[np.void], source: Path) -> None:
-        """Puts the kernels of `source` for these shapes into the cache, where `load` finds them; all processors work on it."""
+    def compile(self, shapes: list[np.void], source: Path | None = None) -> None:
+        """Puts the kernels of `source` (else decode.cu) for these shapes into the cache, where `load` finds them, with all processors."""
         ...
 
     def load(self, shape: np.void, *, source: Path | None = None) -> Any:

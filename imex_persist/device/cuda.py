@@ -227,7 +227,7 @@ class CudaDevice:
             raise ValueError(f"bytes {offset} to {offset + nbytes} are outside a buffer of {buffer.nbytes} bytes")
 
     # -------------------------------------------------------------------------------------------- the kernel
-    def compile(self, shapes: list[np.void], source: Path) -> None:
+    def compile(self, shapes: list[np.void], source: Path | None = None) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC compiles without Python's lock
             list(pool.map(lambda shape: nvrtc.compile_kernel(shape, self.arch, source), shapes))
 
@@ -339,6 +339,10 @@ class CudaDevice:
 
     def _select(self) -> None:
         """For the calling thread; CuPy has a CUDA runtime of its own."""
+        (status,) = self._raw("cudaSetDevice", self.ordinal)  # makes the context
+        if status == int(self._runtime.cudaError_t.cudaErrorMemoryAllocation):
+            why = "no memory left for a CUDA context: nvidia-smi shows what else uses it; end that, or use another GPU"
+            raise DeviceError(f"GPU {self.ordinal} has {why}")
         self._rt("cudaSetDevice", self.ordinal)
         self.host_calls += 1
         self._cupy.cuda.Device(self.ordinal).use()

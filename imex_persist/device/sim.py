@@ -263,7 +263,7 @@ class SimDevice:
         return out
 
     # ------------------------------------------------------------------------------------------ kernels
-    def compile(self, shapes: list[np.void], source: os.PathLike) -> None:
+    def compile(self, shapes: list[np.void], source: os.PathLike | None = None) -> None:
         if shapes:  # one build serves them all
             self.load(shapes[0], source=source)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from imex_persist import abi
+from imex_persist.config import PLANNED
 from imex_persist.errors import FaultError, ImexError
 from imex_persist.log import logger
 from imex_persist.runtime.discover import MIN_CAPABILITY, Gpu, find_gpus
@@ -138,7 +139,10 @@ def _run_once(report: Report, folder: str, device: str, strategy: str | None, op
         "doctor: a start with the exchange %s; one that was never made here builds its kernel first", strategy or "as planned"
     )
     sizes = dict(max_model_len=MODEL["max_position_embeddings"], max_num_seqs=1, max_rows=ROWS, load_format="dummy")
-    with _quietly(), LLM(folder, device=device, tensor_parallel_size=world, exchange=strategy, **sizes, **options) as llm:
+    with (
+        _quietly(),
+        LLM(folder, device=device, tensor_parallel_size=world, exchange=strategy or PLANNED, **sizes, **options) as llm,
+    ):
         shape, group = llm.shape.copy(), llm.group
         if first:
             report.lines = startup.lines(shape, group)

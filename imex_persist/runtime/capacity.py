@@ -29,7 +29,7 @@ def choose_shape(
     exchange: tuple[int, abi.Strategy] | None = None,
 ) -> np.void:
     """The Shape for `model` (a ModelConfig) on `machine`, of whose memory a rank may take `free_bytes` (None: nobody has looked);
-    `exchange` is (one_shot_rows, strategy) where that was measured.
+    `exchange` is (one_shot_rows, strategy) where the plan's own are not wanted.
 
     The KV cache is what all sequences can use at their longest, at most what `kv_cache_memory_bytes` or the memory allows; it holds at
     least one sequence of max_model_len. Raises ValueError for settings that do not fit, saying what would.

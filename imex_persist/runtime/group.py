@@ -36,7 +36,10 @@ Progress = Callable[[int, int, int], None]  # rank, bytes so far, bytes in all
 
 
 class Group:
-    """Use: `open()`, then `launch(shape, …)`, then `mailbox`; `close()` in every case. Raises ValueError, DeviceError or FaultError."""
+    """Use: `open()`, then `launch(shape, …)`, then `mailbox`; `close()` in every case. Raises ValueError, DeviceError or FaultError.
+
+    Where several kernels could be the one: `prepare` them, `trial` each, `start` one.
+    """
 
     def __init__(self, placement: Placement, *, deadline_s: float, command: tuple[str, ...] = COMMAND):
         self.placement = placement
@@ -56,6 +59,7 @@ class Group:
         self._trace_fd = shared.reserve()
         self.trace: SharedBlock | None = None  # the trace rings of all ranks, planner.trace_bytes each
         self._faults = SharedBlock.create(faults.fault_bytes(self.world_size))
+        self._shapes: list[np.void] = []  # of the prepared kernels
         self._closed = False
 
     # ---------------------------------------------------------------------------------------- start
@@ -74,44 +78,29 @@ class Group:
             self.close()
             raise
 
-    def build_bench_kernels(self, source: str, shapes: list[np.void]) -> None:
-        """Compiles benchmark kernels (cuda_src/bench), each worker some of them, so that every worker finds them in the cache."""
-        given = {worker: [] for worker in self.workers}
-        for i, shape in enumerate(shapes):
-            given[self.workers[i % len(self.workers)]].append(capacity.to_fields(shape))
-        self._step("bench_build", lambda w: {"source": source, "shapes": given[w]})
-
-    def bench_kernel(self, source: str, shape: np.void) -> Callable[[dict], dict[int, int]]:
-        """Prepares a benchmark kernel on all ranks, before `launch`; what is returned runs a job of it: nanoseconds by rank."""
-        message = {"source": source, "shape": capacity.to_fields(shape)}
-        replies = self._step("bench_prepare", lambda w: message)
-        handles = {rank: handle for reply in replies for rank, handle in reply["handles"].items()}
-        self._step("bench_connect", lambda w: {"handles": handles})
-
-        def run(job: dict) -> dict[int, int]:
-            done = self._step("bench_run", lambda w: {"job": job})
-            return {int(rank): ns for reply in done for rank, ns in reply["ns"].items()}
-
-        return run
-
     def launch(self, shape: np.void, model: dict, max_model_len: int, progress: Progress | None = None) -> Mailbox:
-        """Builds, loads, connects, verifies and launches; returns when the kernel polls its mailbox."""
+        """`prepare` for one kernel, and `start`."""
+        self.prepare([shape], model, max_model_len, progress)
+        return self.start(0)
+
+    def prepare(self, shapes: list[np.void], model: dict, max_model_len: int, progress: Progress | None = None) -> None:
+        """Builds a kernel for every shape, loads, connects and verifies. The shapes may differ in how they exchange, not in what a rank
+        holds: all kernels run over the same memory, one after the other."""
         try:
-            return self._launch(shape, model, max_model_len, progress)
+            self._prepare(shapes, model, max_model_len, progress)
         except BaseException:
             self.close()
             raise
 
-    def _launch(self, shape: np.void, model: dict, max_model_len: int, progress: Progress | None) -> Mailbox:
-        fields = {"shape": capacity.to_fields(shape)}
-        with _slowly("building the kernel; the next start finds it in the cache"):
+    def _prepare(self, shapes: list[np.void], model: dict, max_model_len: int, progress: Progress | None) -> None:
+        shape, fields = shapes[0], {"shapes": [capacity.to_fields(shape) for shape in shapes]}
+        with _slowly(_building(len(shapes))):
             self._step("build", lambda w: fields, workers=self.workers[:1])  # one compiles, the others find it
         self._step("build", lambda w: fields, workers=self.workers[1:])
         loaded = self._step("load", lambda w: {"model": model}, progress=progress)
         handles = {rank: handle for reply in loaded for rank, handle in reply["handles"].items()}
         layout = ArenaLayout(int(shape["num_slots"]), max_model_len, int(shape["pages_per_slot"]))
         self._mailbox_block = SharedBlock.allocate(self._mailbox_fd, layout.nbytes)
-        self.mailbox = Mailbox(self._mailbox_block.view, layout)
         if shape["trace"]:
             self.trace = SharedBlock.allocate(self._trace_fd, planner.trace_bytes(shape) * self.world_size)
         self._step(
@@ -130,19 +119,53 @@ class Group:
         nonce = {"nonce": secrets.randbits(64)}
         self._step("verify", lambda w: nonce)
         self._step("clear_marks", lambda w: {})
+        self._shapes, self._layout = shapes, layout
+
+    def start(self, index: int) -> Mailbox:
+        """Launches a prepared kernel for good; returns when it polls its mailbox."""
+        try:
+            self._launch(index)
+            self.shape = self._shapes[index]
+            self._watcher = Watcher(self.workers, self.mailbox, self._faults.view, deadline_s=self.deadline_s)
+            self._watcher.start()
+            self._wait_resident()
+            return self.mailbox
+        except BaseException:
+            self.close()
+            raise
+
+    @contextlib.contextmanager
+    def trial(self, index: int) -> Iterator[Mailbox]:
+        """A prepared kernel for a while: when it has returned, all ranks' memory is as before, whatever lies in KV pages. Whoever uses
+        the mailbox has nothing resident at the end. Raises FaultError, with the kernels' own records, for what goes wrong meanwhile."""
+        try:
+            self._launch(index)
+            self._wait_resident()
+            yield self.mailbox
+            self.mailbox.shutdown()
+            self._step("halt", lambda w: {})
+            self._step("clear", lambda w: {})  # when all kernels have returned: a peer's may store until then
+            self.mailbox.close()
+            self.mailbox = None
+            for block in filter(None, (self._mailbox_block, self.trace)):
+                block.view[:] = bytes(block.nbytes)
+        except BaseException as error:
+            records = faults.read_faults(self._faults.view, self.world_size)
+            self.close()
+            if isinstance(error, errors.ImexError) and records:
+                raise errors.FaultError(faults.explain(records)) from error
+            raise
+
+    def _launch(self, index: int) -> None:
+        self.mailbox = Mailbox(self._mailbox_block.view, self._layout)
         self.mailbox.beat(1)
-        self._step("launch", lambda w: {})
-        self.shape = shape
-        self._watcher = Watcher(self.workers, self.mailbox, self._faults.view, deadline_s=self.deadline_s)
-        self._watcher.start()
-        self._wait_resident()
-        return self.mailbox
+        self._step("launch", lambda w: {"index": index})
 
     def _wait_resident(self) -> None:
         limit = time.monotonic() + self.deadline_s + RESIDENT_S
-        while self.mailbox.resident == 0 or self._watcher.error:
-            if self._watcher.error:
-                raise self._watcher.error
+        while self.mailbox.resident == 0 or self.error:
+            if self.error:
+                raise self.error
             if time.monotonic() > limit:
                 raise errors.FaultError(f"the kernel did not answer {self.deadline_s + RESIDENT_S:.0f} s after its launch")
             time.sleep(0.002)
@@ -230,6 +253,15 @@ class Group:
             else:
                 shared.discard(self._trace_fd)
             self._faults.close()
+
+
+def _building(kernels: int) -> str:
+    one = "building the kernel; the next start finds it in the cache"
+    return (
+        one
+        if kernels == 1
+        else f"building {kernels} kernels, of which one will be chosen; the next start finds it in the cache"
+    )
 
 
 @contextlib.contextmanager

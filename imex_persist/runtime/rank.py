@@ -40,6 +40,11 @@ class RankMemory:
         """Zeroes what runtime/marks.py left in the own memory. Call when all ranks have seen theirs."""
         self.device.upload(self.symmetric, 0, np.zeros(len(self.peers) * MARK_BYTES, np.uint8))
 
+    def clear(self) -> None:
+        """Zeroes what a kernel has left, but for KV pages, whose contents nobody trusts. Call when all ranks' kernels have returned."""
+        for buffer in (self.symmetric, self.claims, *self.sampler.values()):
+            self.device.upload(buffer, 0, np.zeros(buffer.nbytes, np.uint8))
+
     def params(self, *, mailbox: int, fault: int, deadline_us: int, trace: int = 0) -> np.void:
         """The abi.RankParams of this rank; `mailbox` (0 beside rank 0), `fault` and `trace` are addresses as the kernel sees them."""
         out = np.zeros((), abi.RankParams)

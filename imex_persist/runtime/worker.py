@@ -1,8 +1,8 @@
 """A worker process: the ranks of one machine. `python -m imex_persist.runtime.worker`, started by group.py and by nobody else.
 
 It talks JSON lines over an inherited socket: the parent sends {"do": step, …}, the worker answers {"did": step, …} or {"error": …}.
-Steps, in order: open; the exchange alone, if it is to be measured (bench_…); build, load, connect, verify, clear_marks, launch; then,
-on request, probe; at the end, disconnect and exit.
+Steps, in order: open, build, load, connect, verify, clear_marks, launch; then, on request, probe; after a kernel on trial halt, clear
+and launch again; at the end, disconnect and exit.
 The parent sends a step when all workers have answered the one before, which makes every step a barrier. While the kernel is resident
 the worker only reads shared memory and its socket: no call reaches the device.
 """
@@ -18,7 +18,7 @@ import threading
 import time
 
 from imex_persist import planner
-from imex_persist.errors import ImexError
+from imex_persist.errors import FaultError, ImexError
 from imex_persist.planner import Machine
 from imex_persist.runtime import capacity, faults
 from imex_persist.runtime.control import Channel, Closed
@@ -26,7 +26,6 @@ from imex_persist.runtime.lifeline import exit_after, follow_parent
 from imex_persist.runtime.machines import open_device
 from imex_persist.runtime.mailbox import ArenaLayout, Mailbox
 from imex_persist.runtime.marks import Marks
-from imex_persist.runtime.probe import Probe, kernel_source
 from imex_persist.runtime.rank import RankMemory, launch_params
 from imex_persist.runtime.shared import SharedBlock
 
@@ -59,24 +58,12 @@ class Worker:
         free = self.device.memory()[0] // len(self.ranks)
         return {"machine": fields, "identity": self.device.identity(), "free_bytes": free}
 
-    def bench_build(self, m: dict) -> dict:
-        self.device.compile([capacity.from_fields(fields) for fields in m["shapes"]], kernel_source(m["source"]))
-        return {}
-
-    def bench_prepare(self, m: dict) -> dict:
-        self.bench = Probe(self.device, capacity.from_fields(m["shape"]), m["source"], self.ranks)
-        return {"handles": {str(rank): handle for rank, handle in self.bench.handles().items()}}
-
-    def bench_connect(self, m: dict) -> dict:
-        self.bench.connect({int(rank): handle for rank, handle in m["handles"].items()})
-        return {}
-
-    def bench_run(self, m: dict) -> dict:
-        return {"ns": {str(rank): ns for rank, ns in self.bench.run(m["job"]).items()}}
-
     def build(self, m: dict) -> dict:
-        self.shape = capacity.from_fields(m["shape"])
-        self.kernel = self.device.load(self.shape)
+        shapes = [capacity.from_fields(fields) for fields in m["shapes"]]
+        if len(shapes) > 1:
+            self.device.compile(shapes)  # side by side
+        self.kernels = [self.device.load(shape) for shape in shapes]
+        self.shape = shapes[0]  # they differ in how they exchange only
         self.marks = Marks(self.device, self.shape)
         return {}
 
@@ -128,8 +115,22 @@ class Worker:
         return {}
 
     def start(self, m: dict) -> dict:
-        self.launch = self.device.launch(self.kernel, self.params)
+        self.launch, self.returned = self.device.launch(self.kernels[m["index"]], self.params), False
         self.calls_before = self.device.host_calls
+        return {}
+
+    def halt(self, m: dict) -> dict:
+        """Waits for a kernel that was asked to return; after `clear` another may start. Raises FaultError if it does not."""
+        if not self.returned:
+            self._collect()
+        if not self.launch.wait(0.0):
+            raise FaultError("the kernel of a trial does not return")
+        self.launch = None
+        return {}
+
+    def clear(self, m: dict) -> dict:
+        for memory in self.memory.values():
+            memory.clear()
         return {}
 
     def probe(self, m: dict) -> dict:
@@ -147,16 +148,14 @@ class Worker:
 
     STEPS = {
         "open": open,
-        "bench_build": bench_build,
-        "bench_prepare": bench_prepare,
-        "bench_connect": bench_connect,
-        "bench_run": bench_run,
         "build": build,
         "load": load,
         "connect": connect,
         "verify": verify,
         "clear_marks": clear_marks,
         "launch": start,
+        "halt": halt,
+        "clear": clear,
         "probe": probe,
         "disconnect": disconnect,
     }

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from imex_persist import planner
+from imex_persist.bench import sums
 from imex_persist.bench.exchange import VARIANTS, Variant
+from imex_persist.bench.probe import Probe
 from imex_persist.planner import Machine
-from imex_persist.runtime import exchange
-from imex_persist.runtime.probe import Probe
 
 REDUCING = [variant for variant in VARIANTS if not variant.gather]
 
@@ -35,13 +35,13 @@ class Exchanges:
 
     def run(self, rows: int, turns: int) -> list[np.ndarray]:
         """What is wrong: (rank, block) of every block whose activations are not the sums. Raises what a launch raises."""
-        job = exchange.job(rows, warmup=1, iterations=turns - 1, kind=self.variant.kind)
+        job = sums.job(rows, warmup=1, iterations=turns - 1, kind=self.variant.kind)
         times = self.probe.run(job)
         assert all(ns > 0 for ns in times.values())
-        expected = exchange.checks(self.shape, job, self.probe.epoch)
+        expected = sums.checks(self.shape, job, self.probe.epoch)
         found = np.stack([self.probe.result(rank)[: int(self.shape["num_blocks"])] for rank in range(self.world)])
         return [tuple(int(i) for i in where) for where in np.argwhere(found != expected)]
 
     def error(self, rows: int) -> float:
-        self.probe.run(exchange.job(rows, warmup=0, iterations=1, kind=self.variant.kind, fractions=True))
-        return exchange.errors(self.shape, rows, {rank: self.probe.result(rank) for rank in range(self.world)})
+        self.probe.run(sums.job(rows, warmup=0, iterations=1, kind=self.variant.kind, fractions=True))
+        return sums.errors(self.shape, rows, {rank: self.probe.result(rank) for rank in range(self.world)})

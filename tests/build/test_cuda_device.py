@@ -51,12 +51,20 @@ def test_identity_and_environment(fake):
     assert device.host_calls >= len(fake.calls)
 
 
+class FullCuda(FakeCuda):
+    """Somebody else has all of the GPU's memory."""
+
+    def cudaSetDevice(self, ordinal):
+        return (Status.cudaErrorMemoryAllocation,)
+
+
 @pytest.mark.parametrize(
     ("fake", "ordinal", "says"),
     [
         (FakeCuda(capability=(8, 0)), 0, "compute capability 8.0: 9.0 or later"),
         (FakeCuda(count=0), 0, "no GPU can be used"),
         (FakeCuda(count=2), 2, "GPU 2 does not exist: 2 can be seen"),
+        (FullCuda(), 0, "GPU 0 has no memory left for a CUDA context: .* use another GPU"),
     ],
 )
 def test_a_machine_that_cannot(monkeypatch, fake, ordinal, says):

@@ -206,8 +206,10 @@ def corrupted_descriptor(folder: str, settings: dict) -> None:
         line = [sequence, abi.Command.SUBMIT, 77, 0, 0, 1, 1, 0, 4, 0, *[0] * 5]
         line.append(abi.descriptor_check(line))
         for broken in range(16):
+            box._u4[first + broken] = line[broken] ^ 1 << broken  # first: at no moment is the whole line right
             for i, word in enumerate(line):
-                box._u4[first + i] = word ^ (1 << broken if i == broken else 0)
+                if i != broken:
+                    box._u4[first + i] = word
             time.sleep(0.02)
             assert not box.poll(), f"a line whose word {broken} is wrong was taken"
         assert [ids(output) for output in llm.generate(PROMPTS, greedy())] == wanted

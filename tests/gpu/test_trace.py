@@ -123,8 +123,8 @@ def test_no_word_is_seen_before_it_left(folder, exchange):
     print(f"{exchange}: {e}, {hops}")
     assert hops["contradictions"] == 0 and hops["checked"] > 100
     assert e.blocks < 3 and 0 < e.ranks < 3  # µs; half round trips through L2 are in them
-    if not SIMULATED:
-        assert hops["shortest_local_us"] > 0.1 and hops["shortest_peers_us"] > 0.1
+    if not SIMULATED:  # a hop takes 0.3 µs at least, so one that seems to take none shows an error that is not stated
+        assert min(hops["shortest_local_us"], hops["shortest_peers_us"]) > 0.2 - e.blocks - e.ranks - e.drift
         assert e.drift < 1
 
 

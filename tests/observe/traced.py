@@ -32,7 +32,7 @@ class TracedRun(KernelRun):
     def params(self, mailbox: bool) -> np.void:
         ranks = super().params(mailbox)["ranks"].copy()[: self.world]
         each = planner.trace_bytes(self.shape)
-        for rank in range(self.world):
+        for rank in range(self.world) if each else ():
             ranks[rank]["trace"] = self.device.map_host(memoryview(self.rings)[rank * each : (rank + 1) * each])
         return launch_params(list(ranks))
 

@@ -1,91 +1,139 @@
-"""The exchange strategy: what measured times lead to, that they are measured once, and what a plan makes of them."""
+"""The exchange strategy: which kernels are tried, what their times lead to, and that trials leave nothing behind."""
 
 from __future__ import annotations
 
 import json
+import logging
 
-import numpy as np
 import pytest
 
-from imex_persist import planner
+from imex_persist import LLM, FaultError, SamplingParams, planner
 from imex_persist.abi import Strategy
-from imex_persist.model.config import ModelConfig
+from imex_persist.device import sources
 from imex_persist.runtime import strategy
-from imex_persist.runtime.group import Group
-from imex_persist.runtime.placement import place_ranks
-from imex_persist.runtime.strategy import Choice, choose, replan, rows_to_try
 from tests.bench.conftest import needs_linux
-from tests.build.shapes import LLAMA_3_1_8B
+from tests.build.shapes import LLAMA_3_1_8B, LLAMA_3_2_1B
+from tests.gpu.test_llm import CONFIG, save_model
+from tests.runtime import groups
 
 ONE, LOCAL, TWO = Strategy.ONE_SHOT, Strategy.ONE_SHOT_LOCAL, Strategy.TWO_SHOT
 
 
-def test_one_shot_as_far_as_nothing_is_faster():
-    times = {ONE: {1: 1.0, 2: 2.0, 4: 4.0}, LOCAL: {1: 1.5, 2: 1.99, 4: 2.5}, TWO: {1: 2.0, 2: 2.1, 4: 2.4}}
-    assert choose(times) == Choice(2, TWO)  # 2.0 against 1.99 is a tie; above, only four rows count
-    times[ONE][1] = 1.6
-    assert choose(times) == Choice(0, LOCAL)  # over all rows LOCAL takes less
-    times[ONE] = {1: 0.9}  # more rows did not fit
-    assert choose(times) == Choice(1, LOCAL)
+def maker(config, **sizes):
+    return lambda *exchange: planner.make_shape(
+        config, **sizes, **dict(zip(("one_shot_rows", "strategy"), exchange, strict=False))
+    )
 
 
-def test_rows_to_try():
-    assert rows_to_try(1) == [1] and rows_to_try(8) == [1, 2, 4, 8] and rows_to_try(6) == [1, 2, 4, 6]
+def named(shapes) -> list[tuple[int, Strategy]]:
+    return [(int(shape["one_shot_rows"]), Strategy(int(shape["strategy"]))) for shape in shapes]
 
 
-def test_a_choice_costs_the_plan_no_ring_stage():
-    """The residual of eight rows in every block would take half of the ring of Llama-3.1-8B on two ranks."""
-    sizes = {"world_size": 2, "max_rows": 8, "max_model_len": 4096}
-    plan = planner.make_shape(LLAMA_3_1_8B, **sizes)
+def test_candidates_differ_in_how_they_exchange_only():
+    sizes = dict(world_size=2, max_rows=8, max_model_len=4096)
+    make = maker(LLAMA_3_2_1B, **sizes)
+    plan = make()
+    shapes = strategy.candidates(plan, make)
+    most = named(shapes)[2][0]
+    assert named(shapes) == [(1, LOCAL), (0, LOCAL), (most, LOCAL), (1, TWO)] and most > 1
+    assert all(shape[name] == plan[name] for shape in shapes for name in ("down_slices", "symmetric_words", "num_pages"))
+    assert shapes[2]["ring_stages"] == plan["ring_stages"] > make(most + 1, LOCAL)["ring_stages"]
+    wide = maker(
+        LLAMA_3_1_8B, **sizes
+    )  # where a residual in every block costs a ring stage, that of one row is tried all the same
+    assert named(strategy.candidates(wide(), wide)) == [(0, LOCAL), (1, LOCAL), (0, TWO)]
 
-    def make(choice: Choice) -> np.void:
-        return planner.make_shape(LLAMA_3_1_8B, **sizes, one_shot_rows=choice.one_shot_rows, strategy=choice.strategy)
 
-    shape = replan(Choice(8, TWO), plan, make)
-    assert shape["strategy"] == TWO and shape["ring_stages"] == plan["ring_stages"] and shape["one_shot_rows"] < 8
-    assert make(Choice(int(shape["one_shot_rows"]) + 1, TWO))["ring_stages"] < plan["ring_stages"]
-    assert replan(Choice(1, LOCAL), plan, lambda choice: make(Choice(8, LOCAL))) is plan
+def test_candidates_of_one_row_of_one_rank_and_where_nothing_else_fits():
+    one_row = maker(LLAMA_3_1_8B, world_size=2, max_rows=1, max_model_len=4096)
+    assert named(strategy.candidates(one_row(), one_row)) == [(1, LOCAL), (0, LOCAL), (0, TWO)]
+    alone = maker(LLAMA_3_1_8B, max_rows=1, max_model_len=4096)
+    assert len(strategy.candidates(alone(), alone)) == 1
+
+    def nothing(*_exchange):
+        raise ValueError("no room")
+
+    assert len(strategy.candidates(one_row(), nothing)) == 1
 
 
-def test_every_row_count_of_one_shot_is_measured_for_the_others(monkeypatch):
-    """Hidden size 8192: fewer rows fit ONE_SHOT's residual than a step may have."""
-    machine = planner.Machine()
-    plan = np.zeros((), planner.abi.Shape)
-    for name, value in {"hidden_size": 8192, "world_size": 2, "max_rows": 7, "down_slices": 2}.items():
-        plan[name] = value
+def test_the_plan_stays_unless_another_is_faster():
+    shapes = ["plan", "a", "b"]
+    assert strategy.choose(shapes, [{"1": 100.0, "8": 200.0}, {"1": 99.9, "8": 200.0}, {"1": 120.0, "8": 200.0}]) == "plan"
+    assert strategy.choose(shapes, [{"1": 100.0, "8": 200.0}, {"1": 102.0, "8": 180.0}, {"1": 90.0, "8": 230.0}]) == "a"
 
-    class Fake:
-        def build_bench_kernels(self, source, shapes):
-            self.rows = [int(shape["max_rows"]) for shape in shapes]
 
-        def bench_kernel(self, source, shape):
-            return lambda job: {0: 1000 * job["rows"], 1: 900}
-
-    group = Fake()
-    times = strategy.measure(group, plan, machine)
-    assert group.rows[0] < 7 and group.rows[1:] == [7, 7]
-    assert list(times[LOCAL]) == [1, 2, 4, 7] and set(times[ONE]) < set(times[LOCAL])
-    assert choose(times).one_shot_rows == max(times[ONE])
+# ------------------------------------------------------------------------------------------------ trials
+def prepared(monkeypatch, problem: str = ""):
+    """A group of fake workers with two kernels."""
+    monkeypatch.setenv("FAKE_WORKER", problem)
+    group = groups.open_group()
+    group.open()
+    shape = planner.make_shape(groups.CONFIG, world_size=2, num_slots=2, max_model_len=groups.MAX_MODEL_LEN)
+    group.prepare([shape, shape.copy()], {}, groups.MAX_MODEL_LEN)
+    return group, shape
 
 
 @needs_linux
-@pytest.mark.parametrize("device", ["sim", "sim:0"])
-def test_the_workers_measure_once(device, tmp_path, monkeypatch):
-    """In the simulator, whose times mean nothing: every strategy at every number of rows, then from the cache."""
-    monkeypatch.setenv("IMEX_CACHE", str(tmp_path))
-    config = ModelConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=96, vocab_size=64
-    )
-    group = Group(place_ranks(device, 2), deadline_s=20.0)
+def test_trials_and_then_one_for_good(monkeypatch):
+    group, shape = prepared(monkeypatch)
     try:
-        machine = group.open()[0]
-        plan = planner.make_shape(config, world_size=2, max_rows=3, machine=machine)
-        first = strategy.measured_choice(group, plan, machine)
-        (kept,) = (tmp_path / "exchange").rglob("us.json")
-        times = json.loads(kept.read_text())
-        assert set(times) == {"ONE_SHOT", "ONE_SHOT_LOCAL", "TWO_SHOT"}
-        assert all(set(rows) == {"1", "2", "3"} and min(rows.values()) > 0 for rows in times.values())
-        monkeypatch.setattr(strategy, "measure", lambda *_: pytest.fail("measured twice"))
-        assert strategy.measured_choice(group, plan, machine) == first
+        for index in (0, 1, 0):
+            with group.trial(index) as mailbox:
+                times = strategy.step_us(mailbox, shape, groups.MAX_MODEL_LEN, 10.0)
+            assert set(times) == {"1"} and 4000 < times["1"] < 50_000, "a fake step takes 5 ms"
+            assert group.mailbox is None and not any(group._mailbox_block.view), "what a trial wrote is still there"
+        mailbox = group.start(1)
+        assert mailbox.resident == 1 and group.shape is group._shapes[1]
     finally:
         group.close()
+
+
+@needs_linux
+def test_a_fault_during_a_trial_ends_the_group(monkeypatch):
+    """With the kernel's own words, not those of whoever waited for tokens."""
+    group, shape = prepared(monkeypatch, "0:fault")
+    processes = groups.pids(group)
+    with pytest.raises(FaultError, match=r"block 17 waited 2\.0 s"), group.trial(0) as mailbox:
+        strategy.step_us(mailbox, shape, groups.MAX_MODEL_LEN, 2.0)
+    assert groups.all_gone(processes, 5), "a worker was left behind"
+
+
+@needs_linux
+def test_a_kernel_that_does_not_return_from_its_trial(monkeypatch):
+    group, shape = prepared(monkeypatch, "1:deaf")
+    processes = groups.pids(group)
+    with pytest.raises(FaultError, match="does not return"), group.trial(0) as mailbox:
+        strategy.step_us(mailbox, shape, groups.MAX_MODEL_LEN, 2.0)
+    assert groups.all_gone(processes, 5), "a worker was left behind"
+
+
+# ------------------------------------------------------------------------------------------------ whole starts
+@needs_linux
+@pytest.mark.parametrize("device", ["sim", "sim:0"])
+def test_a_start_measures_once(device, tmp_path, monkeypatch, caplog):
+    """In the simulator, whose times mean nothing: every candidate decodes, and the one that stays gives the tokens of any other."""
+    builds, cache = sources.cache_dir() / "sim", tmp_path / "cache"
+    builds.mkdir(parents=True, exist_ok=True)
+    cache.mkdir()
+    (cache / "sim").symlink_to(builds)  # what was measured is new, what was built need not be
+    monkeypatch.setenv("IMEX_CACHE", str(cache))
+    monkeypatch.setattr(strategy, "TOKENS", 12)
+    caplog.set_level(logging.INFO)
+    folder, trials = save_model(tmp_path, CONFIG), []
+    given = dict(device=device, tensor_parallel_size=2, max_model_len=128, max_rows=2, max_num_seqs=2)
+    trial = groups.Group.trial
+    monkeypatch.setattr(groups.Group, "trial", lambda group, index: trials.append(index) or trial(group, index))
+
+    def tokens(exchange: str) -> list:
+        with LLM(folder, **given, exchange=exchange) as llm:
+            greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+            return [output.outputs[0].token_ids for output in llm.generate([[5, 6, 7], [9, 8]], greedy)]
+
+    expected = tokens("PLANNED")
+    assert not trials and "(planned)" in caplog.text
+    assert tokens("MEASURED") == expected and sorted(set(trials)) == list(range(len(trials) // strategy.ROUNDS))
+    (kept,) = (cache / "exchange").rglob("us.json")
+    assert all(set(times) == {"1", "2"} and min(times.values()) > 0 for times in json.loads(kept.read_text()))
+    caplog.clear()
+    trials.clear()
+    assert tokens("MEASURED") == expected and not trials and "(measured)" in caplog.text
