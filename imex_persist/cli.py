@@ -247,7 +247,7 @@ def _add_demo(commands) -> None:
 def _demo(args: argparse.Namespace) -> int:
     _import_engine()
     from imex_persist.runtime.placement import share_one_gpu
-    from imex_persist.runtime.strategy import of_one_row
+    from imex_persist.runtime.strategy import strategy_of
 
     args.device = share_one_gpu(args.device, args.tensor_parallel_size)
     with _engine(args, args.model) as llm:
@@ -262,7 +262,7 @@ def _demo(args: argparse.Namespace) -> int:
         _print_stream(stream, text=tokenizer is not None)
         result = stream.result
         kind, ranks = llm.group.placement.kind, args.tensor_parallel_size
-        print(f"[imex] {kind}, {ranks} rank{'s' * (ranks != 1)}, {of_one_row(llm.shape)}, {_rate(result)}")
+        print(f"[imex] {kind}, {ranks} rank{'s' * (ranks != 1)}, {strategy_of(llm.shape, 1)}, {_rate(result)}")
     return EXIT_DONE
 
 

@@ -124,16 +124,17 @@ class LLM:
         """The shape; or several, the planned one first, if how ranks exchange is to be measured."""
         free = self.group.free_bytes if kind == "cuda" else None  # the simulator's is everybody's
 
-        def make(*exchange) -> np.void:
-            return capacity.choose_shape(self.config, self.model.config, machine, kind, free, exchange or None)
+        def make(**fixed) -> np.void:
+            return capacity.choose_shape(self.config, self.model.config, machine, kind, free, **fixed)
 
         plan, given = make(), self.config.exchange
         self.group.strategy_source = "planned" if self.config.strategy is None else "set"
         asked = given == MEASURED or (given is None and kind == "cuda")  # the simulator's times say nothing
         if not asked or self.config.tensor_parallel_size == 1 or self.max_model_len < strategy.LEAST_LEN:
             return [plan]
-        self.group.strategy_source = "measured"
-        return strategy.candidates(plan, make)
+        shapes = strategy.candidates(plan, make)
+        self.group.strategy_source = "measured" if len(shapes) > 1 else "planned"
+        return shapes
 
     def _prepare(self, given: inputs.Prompts, sampling_params) -> tuple[list, list[SamplingParams]]:
         """([(text or None, Submission)], params), all validated before anything is submitted; n of each prompt."""

@@ -46,22 +46,25 @@ DEV void gather_dense(Block& b, u32 epoch, int count, Address address, Source so
   }
 }
 
-// Adds all sources' partial sums of units first .. first + count - 1 of every row; add(row, unit, sums) takes a unit's eight.
+// Adds all sources' partial sums of units first .. first + count - 1 of every row, as far as they exist; add(row, unit, sums) takes a unit's
+// eight. `count` is a constant: what is not costs a division for every word.
 template <class Add>
 DEV void add_dense_units(Block& b, Exchange x, u32 epoch, int first, int count, Add add) {
   const int loads = 3 * num_sources(x), total = num_rows(b) * count;
   auto item_of = [&](int i) { return b.thread + i / loads * kConsumerThreads; };
   auto held = [&](int i) { return (int)smaller(item_of(i), total - 1); };
+  auto unit_of = [&](int i) { return first + held(i) % count; };
+  const int units = shape().hidden_size / kUnitRows;
   float sum[kUnitRows];
   gather_dense(
       b, epoch, divide_up(total, kConsumerThreads) * loads,
-      [&](int i) { return own_words(b, dense_part(x, i % loads / 3, held(i) / count, i % 3, first + held(i) % count)); },
+      [&](int i) { return own_words(b, dense_part(x, i % loads / 3, held(i) / count, i % 3, smaller(unit_of(i), units - 1))); },
       [&](int i) { return (u32)(i % loads / 3) / x.slices; },
       [&](int i, int k, const u32 (&words)[3]) {
         const bool start = i % loads < 3;
         UNROLL for (int j = 0; j < 3; j++)
           if (3 * k + j < kUnitRows) sum[3 * k + j] = (start ? 0.f : sum[3 * k + j]) + bits_float(words[j]);
-        if (i % loads == loads - 1 && item_of(i) < total) add(held(i) / count, first + held(i) % count, sum);
+        if (i % loads == loads - 1 && item_of(i) < total && unit_of(i) < units) add(held(i) / count, unit_of(i), sum);
       });
 }
 
@@ -82,30 +85,34 @@ DEV bool receive_dense_whole(Block& b, Exchange x, u32 epoch) {
 }
 DEV bool receive_dense_local(Block& b, Exchange x, u32 epoch) {
   consumer_sync();
-  const int rows = num_rows(b), begin = b.index * owned_runs(), runs = (int)smaller(begin + owned_runs(), num_runs()) - begin;
-  if (runs > 0)
-    add_dense_units(b, x, epoch, 2 * begin, 2 * runs, [&](int row, int unit, float (&sum)[kUnitRows]) {
+  const int rows = num_rows(b), begin = b.index * owned_runs();
+  if (begin < num_runs())
+    add_dense_units(b, x, epoch, 2 * begin, 2 * owned_runs(), [&](int row, int unit, float (&sum)[kUnitRows]) {
       float* r = residual(b) + row * owned_runs() * kRun + (unit - 2 * begin) * kUnitRows;
       UNROLL for (int i = 0; i < kUnitRows; i++) r[i] = sum[i] = r[i] + sum[i];
       put_dense_unit(b, row, unit, sum);  // where the gather below will put the same again
     });
   if (!all_well(b)) return false;
-  for (int i = b.thread; i < rows * runs * 3; i += kConsumerThreads) {
-    const int row = i / 3 / runs, run = begin + i / 3 % runs, k = i % 3;
+  for (int i = b.thread; i < rows * owned_runs() * 3; i += kConsumerThreads) {
+    const int row = i / 3 / owned_runs(), run = begin + i / 3 % owned_runs(), k = i % 3;
+    if (run >= num_runs()) continue;
     const u32* pairs = (const u32*)(activations(b) + activation_offset(row, run * kRun)) + 3 * k;
     store_dense(own_words(b, dense_sum(x, row, k, run)), pairs[0], pairs[1], k < 2 ? pairs[2] : 0, epoch);
   }
   const int total = rows * num_runs();
   auto item_of = [&](int i) { return b.thread + i / 3 * kConsumerThreads; };
   auto held = [&](int i) { return (int)smaller(item_of(i), total - 1); };
+  u32 pairs[kRun / 2];
   gather_dense(
       b, epoch, divide_up(total, kConsumerThreads) * 3,
       [&](int i) { return own_words(b, dense_sum(x, held(i) / num_runs(), i % 3, held(i) % num_runs())); },
       [&](int) { return b.params->rank; },
       [&](int i, int k, const u32 (&words)[3]) {
-        u32* pairs = (u32*)(activations(b) + activation_offset(held(i) / num_runs(), held(i) % num_runs() * kRun)) + 3 * k;
         UNROLL for (int j = 0; j < 3; j++)
-          if (3 * k + j < kRun / 2 && item_of(i) < total) pairs[j] = words[j];
+          if (3 * k + j < kRun / 2) pairs[3 * k + j] = words[j];
+        if (k < 2 || item_of(i) >= total) return;
+        const int row = held(i) / num_runs(), quad = held(i) % num_runs() * (kRun / 4);
+        UNROLL for (int q = 0; q < kRun / 4; q++) put_quad(b, row, quad + q, (u64)pairs[2 * q + 1] << 32 | pairs[2 * q]);
       });
   return all_well(b);
 }

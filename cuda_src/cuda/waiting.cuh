@@ -58,7 +58,7 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
   if (shape().trace && polls) w.word_clocks += clock_low() - began;
   UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < 2; j++) out[i][j] = (u32)word[i][j];
 }
-// The same for dense words: waits until those at address(0) .. address(count - 1) carry `epoch`.
+// The same for dense words, by whole warps whose lanes leave at once: waits until those at address(0) .. address(count - 1) carry `epoch`.
 template <int N, class Address, class Source>
 DEV void wait_dense(Waiter& w, Wait kind, u32 epoch, int count, Address address, Source source, u32 (&out)[N][3]) {
   u64 word[N][2] = {};
@@ -71,7 +71,9 @@ DEV void wait_dense(Waiter& w, Wait kind, u32 epoch, int count, Address address,
     return differs == 0;
   };
   u64 began_ns = 0;
-  for (u32 polls = 0; !ready() && !w.failed;) {
+  for (u32 polls = 0; !warp_all(ready());) {
+    w.failed = warp_any(w.failed);
+    if (w.failed) break;
     if (++polls % kPollsPerCheck) continue;
     if (!began_ns) began_ns = timer_ns();
     u32 owes = source(0), seen = epoch;

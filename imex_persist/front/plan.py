@@ -204,7 +204,7 @@ def _exchange(shape: np.void) -> dict | None:
     world, layers, slices = (int(shape[name]) for name in ("world_size", "num_layers", "down_slices"))
     if world == 1:
         return None
-    strategy = strategies.of_one_row(shape)
+    strategy = strategies.strategy_of(shape, 1)
     sums = int(shape["hidden_size"]) * 4
     times = [exchange_us(strategy, nbytes, world) for nbytes in (sums, sums * slices)]
     known = None not in times

@@ -26,10 +26,10 @@ def choose_shape(
     machine: planner.Machine,
     kind: str,
     free_bytes: int | None = None,
-    exchange: tuple[int, abi.Strategy] | None = None,
+    **fixed,
 ) -> np.void:
     """The Shape for `model` (a ModelConfig) on `machine`, of whose memory a rank may take `free_bytes` (None: nobody has looked);
-    `exchange` is (one_shot_rows, strategy) where the plan's own are not wanted.
+    `fixed` is for planner.make_shape, where the plan's own is not wanted.
 
     The KV cache is what all sequences can use at their longest, at most what `kv_cache_memory_bytes` or the memory allows; it holds at
     least one sequence of max_model_len. Raises ValueError for settings that do not fit, saying what would.
@@ -46,9 +46,7 @@ def choose_shape(
         "trace": config.trace_events,
         "trace_every": config.trace_every,
     }
-    if exchange is not None:
-        options["one_shot_rows"], options["strategy"] = exchange
-    shape = _fit_rows(config, model, options)
+    shape = _fit_rows(config, model, options | fixed)
     page_total = planner.kv_bytes(shape) // int(shape["num_pages"])  # one page of every layer and KV head
     budget = config.kv_cache_memory_bytes or (SIM_KV_BYTES if kind == "sim" else None)
     need = int(shape["pages_per_slot"])
@@ -101,7 +99,9 @@ def choose_max_model_len(config: EngineConfig, model, kind: str) -> int:
 
 def _fit_rows(config: EngineConfig, model, options: dict) -> np.void:
     if config.max_rows is not None:
-        return planner.make_shape(model, max_rows=config.max_rows, **options)
+        options = {"max_rows": config.max_rows, **options}
+    if "max_rows" in options:
+        return planner.make_shape(model, **options)
     for rows in range(DEFAULT_MAX_ROWS, 0, -1):
         try:
             return planner.make_shape(model, max_rows=rows, **options)

@@ -126,9 +126,6 @@ class Group:
         try:
             self._launch(index)
             self.shape = self._shapes[index]
-            self._watcher = Watcher(self.workers, self.mailbox, self._faults.view, deadline_s=self.deadline_s)
-            self._watcher.start()
-            self._wait_resident()
             return self.mailbox
         except BaseException:
             self.close()
@@ -136,36 +133,47 @@ class Group:
 
     @contextlib.contextmanager
     def trial(self, index: int) -> Iterator[Mailbox]:
-        """A prepared kernel for a while: when it has returned, all ranks' memory is as before, whatever lies in KV pages. Whoever uses
-        the mailbox has nothing resident at the end. Raises FaultError, with the kernels' own records, for what goes wrong meanwhile."""
+        """A prepared kernel for a while, watched like the one that stays. When it has returned, all ranks' memory is as before, whatever
+        lies in KV pages. Whoever uses the mailbox has nothing resident at the end. Raises what ends the group meanwhile."""
         try:
             self._launch(index)
-            self._wait_resident()
             yield self.mailbox
-            self.mailbox.shutdown()
-            self._step("halt", lambda w: {})
+            watcher, self._watcher = self._watcher, None
+            watcher.shut_down(leave=False)
+            self._check_returned(watcher)
             self._step("clear", lambda w: {})  # when all kernels have returned: a peer's may store until then
             self.mailbox.close()
             self.mailbox = None
             for block in filter(None, (self._mailbox_block, self.trace)):
                 block.view[:] = bytes(block.nbytes)
-        except BaseException as error:
-            records = faults.read_faults(self._faults.view, self.world_size)
+        except BaseException:
             self.close()
-            if isinstance(error, errors.ImexError) and records:
-                raise errors.FaultError(faults.explain(records)) from error
             raise
 
     def _launch(self, index: int) -> None:
         self.mailbox = Mailbox(self._mailbox_block.view, self._layout)
         self.mailbox.beat(1)
         self._step("launch", lambda w: {"index": index})
+        self._watcher = Watcher(self.workers, self.mailbox, self._faults.view, deadline_s=self.deadline_s)
+        self._watcher.start()
+        self._wait_resident()
+
+    def _check_returned(self, watcher: Watcher) -> None:
+        """After a trial. Raises the error it ended with, or FaultError for a kernel that did not return as it was asked to."""
+        if watcher.error:
+            raise watcher.error
+        for worker in self.workers:
+            said, worker.returned = worker.returned, None
+            if said is None or not said["ended"]:
+                raise errors.FaultError(f"the kernel of {worker.title} does not return from its trial")
+            if said.get("problem"):
+                raise errors.FaultError(f"{worker.title}: {said['problem']}")
 
     def _wait_resident(self) -> None:
         limit = time.monotonic() + self.deadline_s + RESIDENT_S
-        while self.mailbox.resident == 0 or self.error:
-            if self.error:
-                raise self.error
+        while self.mailbox.resident == 0 or self._watcher.error:
+            if self._watcher.error:
+                raise self._watcher.error
             if time.monotonic() > limit:
                 raise errors.FaultError(f"the kernel did not answer {self.deadline_s + RESIDENT_S:.0f} s after its launch")
             time.sleep(0.002)

@@ -42,6 +42,8 @@ class RankMemory:
 
     def clear(self) -> None:
         """Zeroes what a kernel has left, but for KV pages, whose contents nobody trusts. Call when all ranks' kernels have returned."""
+        # A copy may return before it has reached the GPU, and a peer's launch waits for its own GPU only. So symmetric memory comes
+        # first: each copy waits for the one before.
         for buffer in (self.symmetric, self.claims, *self.sampler.values()):
             self.device.upload(buffer, 0, np.zeros(buffer.nbytes, np.uint8))
 

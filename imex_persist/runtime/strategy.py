@@ -8,7 +8,9 @@ the candidates: it is chosen by name only (`exchange=`).
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import queue
 import time
 from collections.abc import Callable
@@ -17,7 +19,6 @@ from statistics import median
 
 import numpy as np
 
-from imex_persist import abi
 from imex_persist.abi import Strategy
 from imex_persist.device import sources
 from imex_persist.errors import FaultError
@@ -34,67 +35,81 @@ TOKENS = 160  # of a trial
 SKIPPED = 4  # of its steps: the first find nothing in any cache
 TRIAL_S = 0.05  # after which a trial of slow steps ends, once it has had ENOUGH
 ENOUGH = 8  # tokens after those
-LIMIT_S = 30.0  # for a trial beyond the group's deadline
+LIMIT_S = 30.0  # for a token, beyond the group's deadline
 TIE = 0.99  # of the plan's time: what is not faster than that is no reason to leave it
-Make = Callable[[int, Strategy], np.void]  # a shape with so many one_shot_rows and this strategy above; ValueError if none fits
+Make = Callable[
+    ..., np.void
+]  # a shape with what is given of one_shot_rows, strategy, down_slices, max_rows; ValueError if none fits
+Times = list[dict[str, float]]  # of each candidate, µs by rows ("1", "8": as JSON has them)
+
+
+def timed_rows(shape: np.void) -> list[int]:
+    """One sequence, and as many as a step has rows for."""
+    return sorted({1, min(int(shape[name]) for name in ("max_rows", "num_slots", "num_pages"))})
 
 
 def candidates(plan: np.void, make: Make) -> list[np.void]:
-    """The plan, and what could be faster: no ONE_SHOT, ONE_SHOT for one row or for as many as cost the ring no stage (a residual in every
-    block takes shared memory), and another strategy for the rows above."""
+    """The plan, and what differs from it at a number of rows that is timed: no ONE_SHOT, ONE_SHOT for one row or for as many as cost the
+    ring no stage (a residual in every block takes shared memory), and another strategy for the rows above."""
     world, rows, whole = (int(plan[name]) for name in ("world_size", "max_rows", "one_shot_rows"))
     if world == 1:
         return [plan]
     planned = Strategy(int(plan["strategy"]))
     other = Strategy.TWO_SHOT if planned == Strategy.ONE_SHOT_LOCAL else Strategy.ONE_SHOT_LOCAL
-    free = [n for n in range(rows, 0, -1) if (s := _made(plan, make, n, planned)) and s["ring_stages"] >= plan["ring_stages"]]
+    made = {n: _made(plan, make, n, planned) for n in range(rows + 1)}
+    free = [n for n, shape in made.items() if shape is not None and shape["ring_stages"] >= plan["ring_stages"]]
     found = [plan]
-    for wanted in (0, planned), (1, planned), (max(free, default=0), planned), (whole if whole < rows else 0, other):
-        shape = _made(plan, make, *wanted)
-        if shape is not None and all(_names(shape) != _names(one) for one in found):
+    for shape in made[0], made[1], made[max(free, default=0)], _made(plan, make, whole if whole < rows else 0, other):
+        if shape is not None and all(_exchanges(shape) != _exchanges(one) for one in found):
             found.append(shape)
     return found
 
 
 def _made(plan: np.void, make: Make, one_shot_rows: int, strategy: Strategy) -> np.void | None:
     """None if it does not fit, or not the memory that the plan's kernel runs over."""
+    kept = {name: int(plan[name]) for name in ("down_slices", "max_rows")}
     try:
-        shape = make(one_shot_rows, strategy)
+        shape = make(one_shot_rows=one_shot_rows, strategy=strategy, **kept)
     except ValueError:
         return None
     return shape if all(shape[name] == plan[name] for name in KEPT) else None
 
 
-def _names(shape: np.void) -> tuple[int, int]:
-    """What makes a strategy of a shape: above the most rows there is nothing."""
-    whole = int(shape["one_shot_rows"])
-    return whole, -1 if whole >= shape["max_rows"] else int(shape["strategy"])
+def _exchanges(shape: np.void) -> list[str]:
+    return [strategy_of(shape, rows) for rows in timed_rows(shape)]
 
 
 # ---------------------------------------------------------------------------------------------------- what was found before
 def remembered(group: Group, shapes: list[np.void]) -> np.void | None:
-    """The fastest of the candidates, if it was measured before on these GPUs; of one candidate nothing needs to be known."""
+    """The fastest of the candidates if it was measured before on these GPUs. The plan, where there is nothing to choose, or no way to keep
+    what would be built and found."""
     if len(shapes) == 1:
         return shapes[0]
-    path = sources.cache_dir() / _folder(group, shapes) / FILE
-    return choose(shapes, json.loads(path.read_text())) if path.is_file() else None
+    try:
+        times = json.loads((sources.cache_dir() / _folder(group, shapes) / FILE).read_text())
+        return choose(shapes, times)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):  # not measured yet, or what somebody's full disk left of it
+        if sources.cache_is_writable():
+            return None
+        group.strategy_source = "planned"
+        return shapes[0]
 
 
 def measure(group: Group, shapes: list[np.void], max_model_len: int) -> np.void:
-    """Lets each of the group's prepared kernels decode for a moment, and remembers. Raises FaultError where one does not."""
-
-    def make(folder: Path) -> None:
-        limit_s = group.deadline_s + LIMIT_S
-        times: list[dict[str, float]] = [{} for _ in shapes]
-        for _ in range(ROUNDS):
-            for i, shape in enumerate(shapes):
-                with group.trial(i) as mailbox:
-                    found = step_us(mailbox, shape, max_model_len, limit_s)
-                times[i] = {rows: min(us, times[i].get(rows, us)) for rows, us in found.items()}
-        (folder / FILE).write_text(json.dumps(times))
-
-    path = sources.cached(_folder(group, shapes), make) / FILE
-    return choose(shapes, json.loads(path.read_text()))
+    """Lets each of the group's prepared kernels decode for a moment, and remembers. Raises what ends the group meanwhile."""
+    times: Times = [{} for _ in shapes]
+    for _ in range(ROUNDS):
+        for i, shape in enumerate(shapes):
+            with group.trial(i) as mailbox:
+                found = step_us(group, mailbox, shape, max_model_len)
+            times[i] = {rows: min(us, times[i].get(rows, us)) for rows, us in found.items()}
+    folder = sources.cache_dir() / _folder(group, shapes)
+    with contextlib.suppress(OSError):  # then the next start measures again
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = folder / f".{FILE}.{os.getpid()}"
+        scratch.write_text(json.dumps(times))
+        scratch.replace(folder / FILE)
+    return choose(shapes, times)
 
 
 def _folder(group: Group, shapes: list[np.void]) -> str:
@@ -103,10 +118,11 @@ def _folder(group: Group, shapes: list[np.void]) -> str:
     identities = [
         sorted(fact for fact in identity.items() if fact[0] != "uuid") for identity in group.identities
     ]  # the places'
-    return "exchange/" + sources.digest(sources.source_files(without=["sim"]), places, identities, sizes)
+    code = [*sources.source_files(without=["sim"]), Path(__file__)]
+    return "exchange/" + sources.digest(code, places, identities, sizes, timed_rows(shapes[0]))
 
 
-def choose(shapes: list[np.void], times: list[dict[str, float]]) -> np.void:
+def choose(shapes: list[np.void], times: Times) -> np.void:
     """The shape whose steps take least, one row and many rows counting alike; the first, which is the plan, unless another is faster."""
     best = {rows: min(one[rows] for one in times) for rows in times[0]}
     scores = [sum(one[rows] / best[rows] for rows in best) for one in times]
@@ -115,16 +131,15 @@ def choose(shapes: list[np.void], times: list[dict[str, float]]) -> np.void:
 
 
 # ---------------------------------------------------------------------------------------------------- a trial
-def step_us(mailbox: Mailbox, shape: np.void, max_model_len: int, limit_s: float) -> dict[str, float]:
-    """Median µs of a step, by rows (as JSON has them: "1", "8"): one sequence, and as many as a step has rows for."""
+def step_us(group: Group, mailbox: Mailbox, shape: np.void, max_model_len: int) -> dict[str, float]:
+    """Median µs of a step of the group's kernel on trial, by rows."""
     sizes = {name: int(shape[name]) for name in ("num_slots", "num_pages", "page_size")}
-    engine = Engine(mailbox, **sizes, max_model_len=max_model_len, share_pages=False)
-    most = min(int(shape["max_rows"]), sizes["num_slots"], sizes["num_pages"])
-    tokens = (
-        min(TOKENS, max_model_len, sizes["num_pages"] // most * sizes["page_size"]) - 1
-    )  # all sequences have their pages at once
+    engine = Engine(mailbox, **sizes, max_model_len=max_model_len, on_silence=group.probe, share_pages=False)
+    group.on_fault(engine.fail)
+    rows = timed_rows(shape)
+    tokens = min(TOKENS, max_model_len, sizes["num_pages"] // rows[-1] * sizes["page_size"]) - 1  # all have their pages at once
     try:
-        return {str(rows): _median_step(engine, rows, tokens, limit_s) for rows in sorted({1, most})}
+        return {str(count): _median_step(engine, count, tokens, group.deadline_s + LIMIT_S) for count in rows}
     finally:
         engine.close()
 
@@ -136,9 +151,11 @@ def _median_step(engine: Engine, rows: int, tokens: int, limit_s: float) -> floa
     began = time.monotonic()
     while True:
         try:
-            event = events.get(timeout=max(0.0, began + limit_s - time.monotonic()))
+            event = events.get(timeout=limit_s)
         except queue.Empty:
-            raise FaultError(f"a trial of the exchange gave {len(times)} tokens in {limit_s:.0f} s and then none") from None
+            raise FaultError(
+                f"no token came in {limit_s:.0f} s of a trial, and no wait of the kernel expired: report this"
+            ) from None
         if isinstance(event, Exception):
             raise event
         if event.token is not None:
@@ -148,7 +165,7 @@ def _median_step(engine: Engine, rows: int, tokens: int, limit_s: float) -> floa
     for request in requests:
         engine.cancel(request)
     if not engine.drain(limit_s):
-        raise FaultError(f"a trial of the exchange did not end in {limit_s:.0f} s")
+        raise FaultError(f"requests that were cancelled in a trial were not released in {limit_s:.0f} s: report this")
     gaps = np.diff(times)
     return float(median(gaps[min(SKIPPED, len(gaps) - 1) :])) / 1e3
 
@@ -164,6 +181,6 @@ def describe(shape: np.void, source: str) -> str:
     return f"ONE_SHOT <= {size}{'' if rows >= most else f', {larger} above'} ({source})"
 
 
-def of_one_row(shape: np.void) -> str:
-    """The strategy of a step of one row."""
-    return "ONE_SHOT" if int(shape["one_shot_rows"]) >= 1 else abi.Strategy(int(shape["strategy"])).name
+def strategy_of(shape: np.void, rows: int) -> str:
+    """The strategy of a step of so many rows."""
+    return "ONE_SHOT" if int(shape["one_shot_rows"]) >= rows else Strategy(int(shape["strategy"])).name

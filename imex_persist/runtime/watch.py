@@ -32,6 +32,7 @@ class Watcher:
         self._callback: Callable[[Exception], None] | None = None
         self._lock = threading.Lock()
         self._shutdown = False
+        self._leave = True  # when the kernels have returned, the processes end
         self._probe = False
         self._wake_read, self._wake_write = os.pipe()
         self._thread = threading.Thread(target=self._run, name="imex-watch", daemon=True)
@@ -50,8 +51,10 @@ class Watcher:
         self._probe = True
         self._wake()
 
-    def shut_down(self) -> None:
-        """Asks the kernels to return and waits for it, at most the deadline, SHUTDOWN_S and GRACE_S; then the thread has ended."""
+    def shut_down(self, leave: bool = True) -> None:
+        """Asks the kernels to return and waits for it, at most the deadline, SHUTDOWN_S and GRACE_S; then the thread has ended, and the
+        processes too unless `leave` is False: then what each said of its kernel stands in its `returned`."""
+        self._leave = leave
         self._shutdown = True
         self._wake()
         self._thread.join(self._deadline_s + SHUTDOWN_S + GRACE_S + 1)
@@ -139,6 +142,8 @@ class Watcher:
         limit = time.monotonic() + GRACE_S
         while self._running() and time.monotonic() < limit:
             self._listen(0.01)
+        if not self._leave:
+            return
         if not self._running():
             self._send_all({"do": "disconnect"})
             self._await_all("disconnect")

@@ -1,8 +1,8 @@
 """A worker process: the ranks of one machine. `python -m imex_persist.runtime.worker`, started by group.py and by nobody else.
 
 It talks JSON lines over an inherited socket: the parent sends {"do": step, …}, the worker answers {"did": step, …} or {"error": …}.
-Steps, in order: open, build, load, connect, verify, clear_marks, launch; then, on request, probe; after a kernel on trial halt, clear
-and launch again; at the end, disconnect and exit.
+Steps, in order: open, build, load, connect, verify, clear_marks, launch; then, on request, probe; after a kernel on trial clear, and
+launch again; at the end, disconnect and exit.
 The parent sends a step when all workers have answered the one before, which makes every step a barrier. While the kernel is resident
 the worker only reads shared memory and its socket: no call reaches the device.
 """
@@ -18,7 +18,7 @@ import threading
 import time
 
 from imex_persist import planner
-from imex_persist.errors import FaultError, ImexError
+from imex_persist.errors import ImexError
 from imex_persist.planner import Machine
 from imex_persist.runtime import capacity, faults
 from imex_persist.runtime.control import Channel, Closed
@@ -119,16 +119,9 @@ class Worker:
         self.calls_before = self.device.host_calls
         return {}
 
-    def halt(self, m: dict) -> dict:
-        """Waits for a kernel that was asked to return; after `clear` another may start. Raises FaultError if it does not."""
-        if not self.returned:
-            self._collect()
-        if not self.launch.wait(0.0):
-            raise FaultError("the kernel of a trial does not return")
-        self.launch = None
-        return {}
-
     def clear(self, m: dict) -> dict:
+        """After all ranks' kernels have returned from a trial: as before it, so that another may start."""
+        self.launch = None
         for memory in self.memory.values():
             memory.clear()
         return {}
@@ -154,7 +147,6 @@ class Worker:
         "verify": verify,
         "clear_marks": clear_marks,
         "launch": start,
-        "halt": halt,
         "clear": clear,
         "probe": probe,
         "disconnect": disconnect,

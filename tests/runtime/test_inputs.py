@@ -223,4 +223,4 @@ def test_the_strategy_line(settings, text, one_row):
     for name, value in settings.items():
         shape[name] = value
     assert strategy.describe(shape, "planned") == text
-    assert strategy.of_one_row(shape) == one_row
+    assert strategy.strategy_of(shape, 1) == one_row
