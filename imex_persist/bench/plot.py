@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from imex_persist.bench import facts
 
 FORMATS = (".svg", ".png")
 OURS, FLOOR = "imex-persist", "floor: bytes ÷ read ceiling"
+PAYLOADS = {"bf16": ":", "dense": "-."}  # lines of what is not sent as fp32 in tagged words
+IN_THE_PICTURE = 6  # series whose legend still finds room there
 Series = tuple[str, list[tuple[float, float]]]  # a name, its points
 
 
@@ -27,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         series = list(exchange_series(record))
         labels = ("fp32 values to sum", "µs", f"all-reduce of {_tp(record)} ranks; ours ends in every SM")
-    _draw(series, labels, " · ".join(facts.describe(record["where"], record.get("busy"))), out)
+    foot = " · ".join(facts.describe(record["where"], record.get("busy")))
+    _draw(series, labels, foot, out, logarithmic=record["bench"] == "exchange")
     return 0
 
 
@@ -73,7 +77,25 @@ def exchange_series(record: dict) -> Iterator[Series]:
             yield f"{peer['name']} (bf16)", [(row["values"], row["us"]) for row in peer["rows"]]
 
 
-def _draw(series: list[Series], labels: tuple[str, str, str], foot: str, out: Path) -> None:
+def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
+    """How each series is drawn: the floor dashed and black; ours in colours, one for each strategy whatever its payload; peers grey."""
+    styles: dict[str, dict[str, Any]] = {}
+    colours: dict[str, str] = {}
+    peers = itertools.count()
+    for name in names:
+        words = name.split()
+        if name.startswith("floor"):
+            styles[name] = dict(color="black", linestyle="--", marker="")
+        elif words[0] == OURS:
+            colour = colours.setdefault(" ".join(words[:2]), f"C{len(colours)}")
+            styles[name] = dict(color=colour, linestyle=PAYLOADS.get(words[-1], "-"), marker="o", markersize=3.5)
+        else:
+            n = next(peers)
+            styles[name] = dict(color=f"{0.3 + 0.1 * (n % 6):.1f}", linestyle="-", marker="s^vDPX"[n % 6], markersize=4)
+    return styles
+
+
+def _draw(series: list[Series], labels: tuple[str, str, str], foot: str, out: Path, *, logarithmic: bool) -> None:
     try:
         import matplotlib
     except ImportError:
@@ -83,25 +105,23 @@ def _draw(series: list[Series], labels: tuple[str, str, str], foot: str, out: Pa
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "imex-persist", "font.size": 9}):
         figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+        styles = _styles([name for name, _ in series])
         for name, points in series:
-            floor = name.startswith("floor")
-            axes.plot(
-                *zip(*points, strict=True),
-                label=name,
-                marker="" if floor else "o",
-                markersize=3.5,
-                linestyle="--" if floor else "-",
-                color="black" if floor else None,
-                linewidth=2 if name == OURS else 1.2,
-            )
+            style = {"label": name, "linewidth": 2 if name == OURS else 1.2, **styles[name]}
+            axes.plot(*zip(*points, strict=True), **style)
         axes.set_xscale("log", base=2)
         ticks = sorted({x for _, points in series for x, _ in points})
         axes.set_xticks(ticks, [f"{int(x)}" for x in ticks])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        if logarithmic:
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter("{x:g}")
+        else:
+            axes.set_ylim(bottom=0)
         axes.set(xlabel=labels[0], ylabel=labels[1], title=labels[2])
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, frameon=False)
+        beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if len(series) > IN_THE_PICTURE else {}
+        axes.legend(fontsize=8, frameon=False, **beside)
         figure.text(0.01, -0.02, foot, fontsize=6.5, color="gray", va="top")
         metadata = {"Date": None} if out.suffix == ".svg" else None  # the same bytes from the same JSON
         figure.savefig(out, bbox_inches="tight", metadata=metadata, dpi=150)
