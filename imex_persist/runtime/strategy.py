@@ -22,6 +22,7 @@ import numpy as np
 from imex_persist.abi import Strategy
 from imex_persist.device import sources
 from imex_persist.errors import FaultError
+from imex_persist.log import log
 from imex_persist.runtime.engine import Engine
 from imex_persist.runtime.group import Group
 from imex_persist.runtime.mailbox import Mailbox
@@ -103,6 +104,8 @@ def measure(group: Group, shapes: list[np.void], max_model_len: int) -> np.void:
             with group.trial(i) as mailbox:
                 found = step_us(group, mailbox, shape, max_model_len)
             times[i] = {rows: min(us, times[i].get(rows, us)) for rows, us in found.items()}
+    for shape, found in zip(shapes, times, strict=True):
+        log(f"exchange tried: {describe(shape)}: " + ", ".join(f"{us:.4g} µs a step of {rows}" for rows, us in found.items()))
     folder = sources.cache_dir() / _folder(group, shapes)
     with contextlib.suppress(OSError):  # then the next start measures again
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,14 +174,14 @@ def _median_step(engine: Engine, rows: int, tokens: int, limit_s: float) -> floa
 
 
 # ---------------------------------------------------------------------------------------------------- for the log
-def describe(shape: np.void, source: str) -> str:
+def describe(shape: np.void, source: str = "") -> str:
     """ "ONE_SHOT <= 12 KB, ONE_SHOT_LOCAL above (measured)": by bytes of fp32 partial sums a rank."""
-    larger = Strategy(int(shape["strategy"])).name
+    larger, end = Strategy(int(shape["strategy"])).name, source and f" ({source})"
     rows, most = int(shape["one_shot_rows"]), int(shape["max_rows"])
     if rows == 0 or larger == "ONE_SHOT":
-        return f"{larger} ({source})"
+        return larger + end
     size = f"{rows * int(shape['hidden_size']) * 4 / 1024:.4g} KB"
-    return f"ONE_SHOT <= {size}{'' if rows >= most else f', {larger} above'} ({source})"
+    return f"ONE_SHOT <= {size}{'' if rows >= most else f', {larger} above'}{end}"
 
 
 def strategy_of(shape: np.void, rows: int) -> str:

@@ -156,6 +156,7 @@ def test_a_start_measures_once(device, tmp_path, monkeypatch, caplog):
     expected = tokens("PLANNED")
     assert not trials and "(planned)" in caplog.text
     assert tokens("MEASURED") == expected and sorted(set(trials)) == list(range(len(trials) // strategy.ROUNDS))
+    assert caplog.text.count("exchange tried: ") == len(trials) // strategy.ROUNDS
     (kept,) = (cache / "exchange").rglob("us.json")
     assert all(set(times) == {"1", "2"} and min(times.values()) > 0 for times in json.loads(kept.read_text()))
     trials.clear()
