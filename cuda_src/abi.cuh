@@ -123,7 +123,7 @@ enum class Mark : unsigned int {
   kPair = 8,
 };
 
-// What a launch of cuda_src/bench measures: floor.cu, or exchange.cu the last three.
+// What a launch of cuda_src/bench measures: floor.cu, or exchange.cu the last two.
 enum class Probe : unsigned int {
   kRead = 0,
   kGather = 1,
@@ -132,7 +132,6 @@ enum class Probe : unsigned int {
   kPing = 4,
   kAllReduce = 5,
   kAllGather = 6,
-  kAllReduceDense = 7,
 };
 
 struct Shape {

@@ -145,7 +145,7 @@ class Mark(enum.IntEnum):
 
 
 class Probe(enum.IntEnum):
-    """What a launch of cuda_src/bench measures: floor.cu, or exchange.cu the last three."""
+    """What a launch of cuda_src/bench measures: floor.cu, or exchange.cu the last two."""
 
     READ = 0  # device memory through the ring, as weights are read
     GATHER = 1  # words that are there already, by every block
@@ -154,7 +154,6 @@ class Probe(enum.IntEnum):
     PING = 4  # a word to another rank and back
     ALL_REDUCE = 5  # partial sums of all ranks, until every block has the whole sum
     ALL_GATHER = 6  # parts of a vector, until every block has all of it
-    ALL_REDUCE_DENSE = 7  # ALL_REDUCE by dense words
 
 
 # ------------------------------------------------------------------------------------------------ structs

@@ -17,7 +17,6 @@ from imex_persist.bench.ranks import Ranks
 from imex_persist.errors import FaultError
 from imex_persist.runtime import capacity
 
-SOURCE = "exchange.cu"
 LOOPS = {"cuda": (200, 2000), "sim": (1, 4)}  # warm-up and timed iterations of a launch
 RUNS = {"cuda": 3, "sim": 1}
 
@@ -29,21 +28,23 @@ class Variant:
     name: str
     strategy: abi.Strategy
     bf16: bool = False
-    kind: abi.Probe = abi.Probe.ALL_REDUCE
+    dense: bool = False
+    gather: bool = False
 
     @property
-    def gather(self) -> bool:
-        return self.kind == abi.Probe.ALL_GATHER
+    def kind(self) -> abi.Probe:
+        return abi.Probe.ALL_GATHER if self.gather else abi.Probe.ALL_REDUCE
+
+    @property
+    def source(self) -> str:
+        return "exchange_dense.cu" if self.dense else "exchange.cu"
 
 
 VARIANTS = (
     *(Variant(strategy.name, strategy) for strategy in abi.Strategy),
     *(Variant(f"{s.name} bf16", s, bf16=True) for s in abi.Strategy if s != abi.Strategy.SEMAPHORE),
-    *(
-        Variant(f"{s.name} dense", s, kind=abi.Probe.ALL_REDUCE_DENSE)
-        for s in (abi.Strategy.ONE_SHOT, abi.Strategy.ONE_SHOT_LOCAL)
-    ),
-    Variant("all-gather", abi.Strategy.ONE_SHOT, kind=abi.Probe.ALL_GATHER),
+    *(Variant(f"{s.name} dense", s, dense=True) for s in (abi.Strategy.ONE_SHOT, abi.Strategy.ONE_SHOT_LOCAL)),
+    Variant("all-gather", abi.Strategy.ONE_SHOT, gather=True),
 )
 
 
@@ -58,7 +59,8 @@ def measure(ranks: Ranks, sizes: list[int], hidden_size: int) -> list[dict]:
     todo = [
         (variant, hidden, rows) for variant in VARIANTS for hidden, rows in [*small, *([(hidden_size, large)] if large else [])]
     ]
-    ranks.build(SOURCE, _shapes(ranks, todo))
+    for source in dict.fromkeys(variant.source for variant in VARIANTS):
+        ranks.build(source, _shapes(ranks, [one for one in todo if one[0].source == source]))
     return [row for variant, hidden, rows in todo for row in _measure(ranks, variant, hidden, rows)]
 
 
@@ -98,7 +100,7 @@ def _measure(ranks: Ranks, variant: Variant, hidden: int, rows: list[int]) -> li
         shape = shape_for(ranks, variant, hidden, max(rows))
     except ValueError as error:
         return [name | {"why_not": str(error)} for name in names]
-    ranks.prepare(SOURCE, shape)
+    ranks.prepare(variant.source, shape)
     warmup, loops = LOOPS[ranks.placement.kind]
     epoch = 0
     for name in names:

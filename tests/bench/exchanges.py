@@ -28,9 +28,9 @@ def shape_of(variant: Variant, world: int, *, hidden: int, rows: int, machine: M
 class Exchanges:
     """Ranks 0 … world - 1 on one device."""
 
-    def __init__(self, device, shape: np.void, variant: Variant, source: str = "exchange.cu"):
+    def __init__(self, device, shape: np.void, variant: Variant, source: str = ""):
         self.shape, self.variant, self.world = shape, variant, int(shape["world_size"])
-        self.probe = Probe(device, shape, source, list(range(self.world)))
+        self.probe = Probe(device, shape, source or variant.source, list(range(self.world)))
         self.probe.connect(self.probe.handles())
 
     def run(self, rows: int, turns: int) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ import pytest
 
 from imex_persist.bench.exchange import VARIANTS
 from imex_persist.bench.floor import WINDOWS, floor_shape
+from imex_persist.bench.probe import kernel_source
 from imex_persist.device import nvrtc, sources
 from tests.build.shapes import CASES, MACHINES
 
@@ -18,7 +19,7 @@ def test_exchange(arch, variant):
     """The loads that are polled are in flight together: none goes through local memory."""
     for hidden, rows in ((2048, 1), (2048, 4)):
         shape = shape_of(variant, 2, hidden=hidden, rows=rows, machine=MACHINES[arch])
-        build = nvrtc.compile_kernel(shape, arch, sources.cuda_src() / "bench" / "exchange.cu")
+        build = nvrtc.compile_kernel(shape, arch, kernel_source(variant.source))
         spilled = {name: found for name, found in build.resources.items() if found.spills}
         assert not spilled and ".local" not in build.ptx
 
