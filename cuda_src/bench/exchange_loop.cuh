@@ -9,16 +9,17 @@
 namespace imex {
 
 // What a source adds to output n of a row: small whole numbers, others each time, whose sums are exact in any order and in bf16, so that
-// every bit can be checked; or fractions, to see what rounding costs. imex_persist/bench/sums.py has the same.
+// every bit can be checked, and cheap to make, since that is timed too; or fractions, to see what rounding costs. imex_persist/bench/sums.py has the same.
 constexpr u32 kTurns = 17;  // after so many a source begins again
 DEV u32 mixed(u32 a, u32 b) {
   u32 h = a * 0x9e3779b1u + b * 0x85ebca77u + 0x165667b1u;
   h = (h ^ h >> 15) * 0x2c1b3c6du;
   return h ^ h >> 12;
 }
-DEV float part_of(const Block& b, u32 source, int row, int n, u32 epoch) {
-  const u32 h = mixed(source, row * shape().hidden_size + n);
-  return job_of(b).fractions ? (float)(int)h * 0x1p-31f : (float)(int)((h + epoch % kTurns) % kTurns) - 8.f;
+DEV float part_of(const Block& b, u32 source, int row, int n, u32 turn) {
+  const u32 at = row * shape().hidden_size + n;
+  if (job_of(b).fractions) return (float)(int)mixed(source, at) * 0x1p-31f;
+  return (float)(int)((((at + source * 0x85ebca77u) * 0x9e3779b1u >> 24) + turn) % kTurns) - 8.f;
 }
 
 // What is sent depends on what was received, so no exchange begins before its block has ended the last one.
@@ -32,14 +33,14 @@ DEV int slice_width(const Block& b) {  // values of a row that are this block's 
 // A block's units, a warp each.
 template <bool kDense>
 DEV void send_parts(Block& b, Exchange x, u32 epoch) {
-  const u32 slice = b.index % x.slices, source = b.params->rank * x.slices + slice;
+  const u32 slice = b.index % x.slices, source = b.params->rank * x.slices + slice, turn = epoch % kTurns;
   const int units = shape().hidden_size / kUnitRows, step = divide_up(shape().num_blocks - slice, x.slices);
   for (int unit = b.index / x.slices + b.warp * step; unit < units; unit += kConsumerWarps * step) {
     auto sum = [&](int row, int pair) {
       const int n = unit * kUnitRows + 2 * pair;
       const u32 before = *(const u32*)(activations(b) + activation_offset(row, n));
       const float late = before == kNever ? 1.f : 0.f;
-      return float2{part_of(b, source, row, n, epoch) + late, part_of(b, source, row, n + 1, epoch)};
+      return float2{part_of(b, source, row, n, turn) + late, part_of(b, source, row, n + 1, turn)};
     };
     if (kDense) send_dense_unit(b, x, num_rows(b), slice, unit, epoch, sum);
     else send_unit(b, x, num_rows(b), slice, unit, epoch, sum);

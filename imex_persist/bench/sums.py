@@ -28,9 +28,11 @@ def mixed(a, b) -> np.ndarray:
 
 def parts(source: int, rows: int, hidden: int, turn: int | None) -> np.ndarray:
     """float32 [rows, hidden]: what `source` adds in an epoch, of which `turn` is the remainder by TURNS; None: fractions."""
-    h = mixed(source, np.arange(rows * hidden)).reshape(rows, hidden)
+    at = np.arange(rows * hidden, dtype=np.uint32).reshape(rows, hidden)
     if turn is None:
-        return h.view(np.int32).astype(np.float32) * np.float32(2.0**-31)
+        return mixed(source, at).view(np.int32).astype(np.float32) * np.float32(2.0**-31)
+    with np.errstate(over="ignore"):
+        h = (at + np.uint32(source) * np.uint32(0x85EBCA77)) * np.uint32(0x9E3779B1) >> np.uint32(24)
     return ((h + np.uint32(turn)) % TURNS).astype(np.float32) - 8
 
 
