@@ -54,6 +54,11 @@ KERNEL quotients(const float* above, const float* below, float* quotients, int c
   for (int i = thread_index(); i < count; i += kThreads) quotients[i] = fast_divide(above[i], below[i]);
 }
 
+// above, below, quotients: int [count]
+KERNEL whole_quotients(const int* above, const int* below, int* quotients, int count) {
+  for (int i = thread_index(); i < count; i += kThreads) quotients[i] = quotient(above[i], below[i]);
+}
+
 // flags: u32 [rounds, consumer threads]; any: u32 [rounds, consumer threads]
 KERNEL votes(const u32* flags, u32* any, int rounds) {
   if (warp_index() >= kConsumerWarps) return;

@@ -73,6 +73,19 @@ def test_quotients(bench):
     np.testing.assert_allclose(out.get(), above / below, rtol=3e-7)
 
 
+def test_whole_quotients(bench):
+    """Exact, also just below a whole number and at the largest numbers that are allowed."""
+    rng = np.random.default_rng(8)
+    small = np.stack(np.meshgrid(np.arange(2048), np.arange(1, 65)), -1).reshape(-1, 2)
+    below = rng.integers(1, 1 << 20, 50_000)
+    near = np.stack([np.minimum(below * rng.integers(1, 64, 50_000) - rng.integers(0, 2, 50_000), (1 << 20) - 1), below], -1)
+    large = rng.integers(1, 1 << 20, (50_000, 2))
+    above, below = np.concatenate([small, near, large]).astype(np.int32).T.copy()
+    out = bench.xp.zeros(len(above), np.int32)
+    bench.run("whole_quotients", bench.xp.asarray(above), bench.xp.asarray(below), out, np.int32(len(above)))
+    np.testing.assert_array_equal(out.get(), above // below)
+
+
 def test_products_of_bf16_pairs(bench):
     """Exact in float32, then rounded once."""
     one, other = (to_bf16(np.random.default_rng(seed).standard_normal(2000) * 30) for seed in (5, 6))
