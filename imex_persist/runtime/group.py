@@ -138,8 +138,8 @@ class Group:
         try:
             self._launch(index)
             yield self.mailbox
-            watcher, self._watcher = self._watcher, None
-            watcher.shut_down(leave=False)
+            self._watcher.shut_down(leave=False)
+            watcher, self._watcher = self._watcher, None  # not before: interrupted, `close` has to end it
             self._check_returned(watcher)
             self._step("clear", lambda w: {})  # when all kernels have returned: a peer's may store until then
             self.mailbox.close()
