@@ -23,6 +23,7 @@ from imex_persist.errors import FaultError, ImexError
 from imex_persist.log import logger
 from imex_persist.runtime.discover import MIN_CAPABILITY, Gpu, find_gpus
 from imex_persist.runtime.placement import parse_device, share_one_gpu
+from imex_persist.runtime.strategy import strategy_of
 
 EXIT_ACTIVE, EXIT_NOT_ACTIVE = 0, 1
 MODEL = {  # wide enough that 8 rows exceed what ONE_SHOT takes on any number of ranks, and 1 row does not
@@ -170,8 +171,7 @@ def _run_once(report: Report, folder: str, device: str, strategy: str | None, op
 
 def strategies(shape: np.void) -> dict[str, int]:
     """The strategies that the self-test uses with a shape, and the rows of a step that does."""
-    whole = int(shape["one_shot_rows"])
-    return {"ONE_SHOT" if rows <= whole else abi.Strategy(int(shape["strategy"])).name: rows for rows in (1, ROWS)}
+    return {strategy_of(shape, rows): rows for rows in (1, ROWS)}
 
 
 def _compare(model, shape, tokens: list[int]) -> tuple[str | None, float]:

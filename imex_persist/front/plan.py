@@ -188,14 +188,13 @@ def _rows(config: EngineConfig, model: ModelConfig, card: Card, rows: int, max_m
     except ValueError as error:
         return {"rows": rows, "fits": False, "why_not": str(error)}
     exchanged = config.tensor_parallel_size > 1
-    whole = rows <= int(shape["one_shot_rows"])
     return {
         "rows": rows,
         "fits": True,
         "ring_stages": int(shape["ring_stages"]),
         "down_slices": int(shape["down_slices"]),
         "smem_bytes": int(shape["smem_bytes"]),
-        "strategy": ("ONE_SHOT" if whole else abi.Strategy(int(shape["strategy"])).name) if exchanged else None,
+        "strategy": strategies.strategy_of(shape, rows) if exchanged else None,
     }
 
 

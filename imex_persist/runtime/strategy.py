@@ -29,7 +29,7 @@ from imex_persist.runtime.mailbox import Mailbox
 from imex_persist.runtime.request import Submission
 
 FILE = "us.json"
-KEPT = ("down_slices", "max_rows", "num_pages")  # of the plan, whatever the strategy
+KEPT = ("down_slices", "max_rows")  # of the plan, whatever the strategy
 LEAST_LEN = 16  # max_model_len below which there is too little to time
 ROUNDS = 2  # of all candidates; the better one counts, since clocks rise after a rest
 TOKENS = 160  # of a trial
@@ -38,9 +38,7 @@ TRIAL_S = 0.05  # after which a trial of slow steps ends, once it has had ENOUGH
 ENOUGH = 8  # tokens after those
 LIMIT_S = 30.0  # for a token, beyond the group's deadline
 TIE = 0.99  # of the plan's time: what is not faster than that is no reason to leave it
-Make = Callable[
-    ..., np.void
-]  # a shape with what is given of one_shot_rows, strategy, down_slices, max_rows; ValueError if none fits
+Make = Callable[..., np.void]  # a shape with the plan's options but for those given; ValueError if none fits
 Times = list[dict[str, float]]  # of each candidate, µs by rows ("1", "8": as JSON has them)
 
 
@@ -68,12 +66,11 @@ def candidates(plan: np.void, make: Make) -> list[np.void]:
 
 def _made(plan: np.void, make: Make, one_shot_rows: int, strategy: Strategy) -> np.void | None:
     """None if it does not fit, or not the memory that the plan's kernel runs over."""
-    kept = {name: int(plan[name]) for name in ("down_slices", "max_rows")}
     try:
-        shape = make(one_shot_rows=one_shot_rows, strategy=strategy, **kept)
+        shape = make(one_shot_rows=one_shot_rows, strategy=strategy, **{name: int(plan[name]) for name in KEPT})
     except ValueError:
         return None
-    return shape if all(shape[name] == plan[name] for name in KEPT) else None
+    return shape if shape["num_pages"] == plan["num_pages"] else None
 
 
 def _exchanges(shape: np.void) -> list[str]:
@@ -118,9 +115,8 @@ def measure(group: Group, shapes: list[np.void], max_model_len: int) -> np.void:
 def _folder(group: Group, shapes: list[np.void]) -> str:
     sizes = [[shape[name].item() for name in shape.dtype.names if name != "num_pages"] for shape in shapes]
     places = [(place.kind, place.uuid, place.ranks) for place in group.placement.places]
-    identities = [
-        sorted(fact for fact in identity.items() if fact[0] != "uuid") for identity in group.identities
-    ]  # the places'
+    # without the uuids of the identities, which the places have; a simulator's is new each time
+    identities = [sorted(fact for fact in identity.items() if fact[0] != "uuid") for identity in group.identities]
     code = [*sources.source_files(without=["sim"]), Path(__file__)]
     return "exchange/" + sources.digest(code, places, identities, sizes, timed_rows(shapes[0]))
 
