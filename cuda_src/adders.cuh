@@ -33,9 +33,8 @@ DEV void add_units(Block& b, int adder) {
       case Phase::kDownProj: emit_partial(b, down_exchange(), slice_of(b), note.unit, slot); break;
       default: note.unit == kUnitEnd ? put_candidates(b, candidates, adder) : keep_best(b, candidates, note.unit, slot);
     }
-    warp_sync();
     mark_sent(b, adder, sent, note, note.phase != Phase::kLmHead);
-    if (b.lane == 0) mbar_arrive(&b.shared->free[slot]);
+    warp_arrive(b, &b.shared->free[slot]);
   }
 }
 

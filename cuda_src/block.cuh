@@ -117,6 +117,21 @@ DEV Block this_block(const LaunchParams& launch) {
   return make_block(&launch.ranks[grid_block() / shape().num_blocks], grid_block() % shape().num_blocks);
 }
 
+// Who has met, by warp_sync or consumer_sync, tells an mbarrier so by one thread for all. compute-sanitizer's racecheck does not follow that:
+// in a build for it everybody arrives, and what it then reports is a race (tests/gpu/sanitize.py).
+#ifdef IMEX_EVERYBODY_ARRIVES
+constexpr int kWarpArrivals = LANES, kConsumerArrivals = kConsumerThreads;
+#else
+constexpr int kWarpArrivals = 1, kConsumerArrivals = 1;
+#endif
+DEV void warp_arrive(const Block& b, u64* bar) {
+  warp_sync();
+  if (b.lane < kWarpArrivals) mbar_arrive(bar);
+}
+DEV void consumers_arrive(const Block& b, u64* bar) {  // after their barrier
+  if (b.thread < kConsumerArrivals) mbar_arrive(bar);
+}
+
 DEV int num_rows(const Block& b) { return shape().max_rows == 1 ? 1 : (int)b.shared->num_rows; }
 
 // ---------------------------------------------------------------------------------------------- addresses

@@ -126,16 +126,16 @@ DEV void produce(Block& b) {
 DEV void start_barriers(Shared& s) {
   for (u32 i = 0; i < shape().ring_stages; i++) {
     mbar_init(&s.full[i], 1);
-    mbar_init(&s.empty[i], kConsumerWarps);
+    mbar_init(&s.empty[i], kConsumerWarps * kWarpArrivals);
   }
   for (int i = 0; i < kPartSlots; i++) {
-    mbar_init(&s.done[i], kConsumerWarps);
-    mbar_init(&s.free[i], 1);
+    mbar_init(&s.done[i], kConsumerWarps * kWarpArrivals);
+    mbar_init(&s.free[i], kWarpArrivals);
   }
-  mbar_init(&s.candidates_ready, kAdderWarps);
-  mbar_init(&s.step_begin, 1);
-  mbar_init(&s.step_end[0], 1);
-  mbar_init(&s.step_end[1], 1);
+  mbar_init(&s.candidates_ready, kAdderWarps * kWarpArrivals);
+  mbar_init(&s.step_begin, kConsumerArrivals);
+  mbar_init(&s.step_end[0], kConsumerArrivals);
+  mbar_init(&s.step_end[1], kConsumerArrivals);
   mbar_init_done();
 }
 

@@ -25,6 +25,7 @@ DEV bool begin_step(Block& b) {
     s.plan[2 * pair] = words[0][0];
     s.plan[2 * pair + 1] = words[0][1];
   }
+  warp_sync();  // lanes without a pair have not waited
   if (!all_well(b)) return false;
   if (b.thread == 0) {
     s.num_rows = s.plan[0] & 0xffff;
@@ -58,7 +59,7 @@ DEV bool begin_step(Block& b) {
     rope_rows(b)[i] = load_const((const float2*)b.params->rope + (u64)position * turns + i % turns);
   }
   consumer_sync();
-  if (b.thread == 0) mbar_arrive(&s.step_begin);
+  consumers_arrive(b, &s.step_begin);
   if (!align_clocks(b)) return false;
   mark_clock(b, Mark::kClock);
   take_word_clocks(b);  // waiting for a plan is no part of the step

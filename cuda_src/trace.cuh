@@ -41,7 +41,9 @@ struct Sent {
   u32 first, last, what, step;
 };
 DEV void mark_sent(Block& b, int adder, Sent& words, const UnitNote& note, bool sent) {
-  if (!shape().trace || b.lane) return;
+  if (!shape().trace) return;
+  warp_sync();  // all lanes' words have left
+  if (b.lane) return;
   const u32 what = mark_of(Mark::kSent, note.phase, note.layer);
   if (words.what && (words.what != what || words.step != note.step)) {
     if (traced(words.step)) put_event(b, 1 + adder, words.last, words.what, words.last - words.first, words.step);

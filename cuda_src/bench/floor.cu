@@ -32,8 +32,7 @@ DEV void read_tiles(Block& b) {
   note_time(b, 0);
   for (u32 n = 0; n < count; n++) {
     if (!mbar_wait(b.waiter, Wait::kTile, true, tile_here(b, n))) return;
-    warp_sync();
-    if (b.lane == 0) mbar_arrive(&b.shared->empty[n % shape().ring_stages]);
+    warp_arrive(b, &b.shared->empty[n % shape().ring_stages]);
   }
   note_time(b, 1);
 }
@@ -110,7 +109,7 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams launch) {
     b.shared->fault.set = 0;
     for (u32 i = 0; i < shape().ring_stages; i++) {
       mbar_init(&b.shared->full[i], 1);
-      mbar_init(&b.shared->empty[i], kConsumerWarps);
+      mbar_init(&b.shared->empty[i], kConsumerWarps * kWarpArrivals);
     }
     mbar_init_done();
   }

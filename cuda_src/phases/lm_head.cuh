@@ -50,8 +50,7 @@ DEV void keep_best(Block& b, Candidates& c, int unit, int slot) {
 DEV void put_candidates(Block& b, Candidates& c, int adder) {
   UNROLL for (int j = 0; j < kCells / LANES; j++) b.shared->candidates[adder][b.lane + j * LANES] = c.best[j];
   clear(c);
-  warp_sync();
-  if (b.lane == 0) mbar_arrive(&b.shared->candidates_ready);
+  warp_arrive(b, &b.shared->candidates_ready);
 }
 
 // After the product: gathers the adders' candidates and publishes this block's.

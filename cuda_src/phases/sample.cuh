@@ -37,7 +37,7 @@ DEV bool sample(Block& b) {
   }
   consumer_sync();
   if (b.shared->num_drawing && !find_logprobs(b.index, b.step)) return false;
-  if (b.thread == 0) mbar_arrive(&b.shared->step_end[b.step & 1]);  // only rank 0's block 0 has a mailbox that listens
+  consumers_arrive(b, &b.shared->step_end[b.step & 1]);  // only rank 0's block 0 has a mailbox that listens
   mark_clock(b, Mark::kPair);  // the LM head is the longest phase: with this, it too lies between two pairs
   mark(b, Mark::kEnd);
   return true;
