@@ -108,7 +108,7 @@ DEV void accum_store(const Accum& acc, float* part, int rows) {
     UNROLL for (int j = 0; j < 4; j++) s[j] = (acc.c[0][j] + acc.c[1][j]) + (acc.c[2][j] + acc.c[3][j]);
     s[2] = __shfl_down_sync(~0u, s[2], 2);  // the other half of k is two columns on
     s[3] = __shfl_down_sync(~0u, s[3], 2);
-    if (row < 4) put(row, s[0] + s[2], s[1] + s[3]);
+    put(row, s[0] + s[2], s[1] + s[3]);  // rows <= 4
   } else if (kStepRows <= 8) {
     put(row, (acc.c[0][0] + acc.c[2][0]) + (acc.c[1][2] + acc.c[3][2]), (acc.c[0][1] + acc.c[2][1]) + (acc.c[1][3] + acc.c[3][3]));
   } else {
@@ -116,7 +116,9 @@ DEV void accum_store(const Accum& acc, float* part, int rows) {
   }
 }
 
-// One warp's running softmax over the chunks it has seen, for up to 16 queries of one KV head: maximum, sum, weighted values.
+// One warp's running softmax over the chunks it has seen, for up to 16 queries of one KV head: maximum, sum, weighted values. Where an item
+// has at most 8 queries, the other half of the operand is zero and nobody looks at what becomes of it.
+constexpr int kHalves = shape().attention_rows * shape().num_heads > 8 * shape().num_kv_heads ? 2 : 1;
 struct Flash {
   float max[2], sum[2];      // queries lane / 4 and lane / 4 + 8; `sum` holds this lane's positions only
   float out[kMaxHeadDim / 8][4];
@@ -137,15 +139,15 @@ DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, in
   UNROLL for (int u = 0; u < 4; u++) UNROLL for (int j = 0; j < 4; j++) s[u][j] = 0.f;
   UNROLL for (int c = 0; c < kDim / 32; c++) {
     const uint4 low = ((const uint4*)q)[(c * queries + mine[0]) * 4 + quarter];  // one beyond the last is computed and not stored
-    const uint4 high = ((const uint4*)q)[(c * queries + mine[1]) * 4 + quarter];
+    const uint4 high = kHalves > 1 ? ((const uint4*)q)[(c * queries + mine[1]) * 4 + quarter] : make_uint4(0, 0, 0, 0);
     UNROLL for (int u = 0; u < 4; u++) {
       const uint4 b = ((const uint4*)chunk)[(u * (kDim / 32) + c) * 32 + lane];
       mma_bf16(s[u], low.x, high.x, low.y, high.y, b.x, b.y);
       mma_bf16(s[u], low.z, high.z, low.w, high.w, b.z, b.w);
     }
   }
-  u32 p[2][4];
-  UNROLL for (int h = 0; h < 2; h++) {
+  u32 p[2][4] = {};
+  UNROLL for (int h = 0; h < kHalves; h++) {
     float m = f.max[h];
     const int seen = shape().attention_rows > 1 ? valid + mine[h] / heads : valid;
     UNROLL for (int u = 0; u < 4; u++) UNROLL for (int j = 0; j < 2; j++) {
@@ -180,7 +182,7 @@ DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, in
 DEV void flash_store(const Flash& f, float* merge, int queries) {
   constexpr int kDim = shape().head_dim;
   const int lane = lane_index(), row = lane / 4, quarter = lane % 4;
-  UNROLL for (int h = 0; h < 2; h++) {
+  UNROLL for (int h = 0; h < kHalves; h++) {
     float sum = f.sum[h];
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);

@@ -175,21 +175,25 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
     flash_chunk(flash, item_query(b), at, item.queries, item.heads, position + 2 - item.rows - first, shape().attn_scale);
     if (completes) fence_async_shared();  // this warp's plain writes to the stage, before a later bulk copy into it
   }
-  ROLLED while (here && passed < run_pages) leave_page();
+  ROLLED while (!whole && here && passed < run_pages) leave_page();
   flash_store(flash, item_merge(b, item, b.warp), item.queries);
   consumer_sync();
   for (int i = b.thread; i < pairs && !b.waiter.failed; i += kConsumerThreads) {
     const int query = i / (dim / 2), d = i % (dim / 2) * 2, row = item.row + query / item.heads,
               head = item.first_head + query % item.heads;
-    float top = kMinusInfinity, sum = 0.f;
-    float2 v = {0.f, 0.f};
-    UNROLL for (int w = 0; w < kConsumerWarps; w++) top = fmaxf(top, item_merge(b, item, w)[query * (dim + 2) + dim]);
+    float2 part[kConsumerWarps], scale[kConsumerWarps], v = {0.f, 0.f};  // scale: a warp's maximum and sum
     UNROLL for (int w = 0; w < kConsumerWarps; w++) {
       const float* of = item_merge(b, item, w) + query * (dim + 2);
-      const float weight = fast_exp(of[dim] - top);
-      v.x += weight * of[d];
-      v.y += weight * of[d + 1];
-      sum += weight * of[dim + 1];
+      part[w] = *(const float2*)(of + d);
+      scale[w] = *(const float2*)(of + dim);
+    }
+    float top = kMinusInfinity, sum = 0.f;
+    UNROLL for (int w = 0; w < kConsumerWarps; w++) top = fmaxf(top, scale[w].x);
+    UNROLL for (int w = 0; w < kConsumerWarps; w++) {
+      const float weight = fast_exp(scale[w].x - top);
+      v.x += weight * part[w].x;
+      v.y += weight * part[w].y;
+      sum += weight * scale[w].y;
     }
     if (item.splits == 1) {
       put_output(b, row, head, d, {fast_divide(v.x, sum), fast_divide(v.y, sum)}, epoch);
@@ -199,6 +203,7 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
       if (d == 0) store_words(to + dim, float_bits(top), float_bits(sum), epoch);
     }
   }
+  if (whole) release_stages(b, run_pages);  // only now: everybody waits for the words above
   return true;
 }
 

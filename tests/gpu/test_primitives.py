@@ -172,7 +172,8 @@ def test_attend(bench, head_dim, heads, rows):
         merge = bench.xp.full((workers, queries, head_dim + 2), 5.0, np.float32)
         arrays = bench.xp.asarray(q_order), bench.xp.asarray(chunks)
         numbers = *map(np.int32, (queries, heads, count, valid, workers)), np.float32(scale)
-        bench.run("attend", *arrays, merge, *numbers, head_dim=head_dim, attention_rows=rows, smem_bytes=160 * 1024)
+        sizes = {"head_dim": head_dim, "num_heads": heads, "num_kv_heads": 1, "attention_rows": rows}
+        bench.run("attend", *arrays, merge, *numbers, **sizes, smem_bytes=160 * 1024)
         scores = from_bf16(qb).astype(np.float64) @ from_bf16(kb)[:last].T.astype(np.float64) * scale
         scores[np.arange(last) >= valid + np.arange(queries)[:, None] // heads] = -np.inf
         weights = np.exp(scores - scores.max(1, keepdims=True))
