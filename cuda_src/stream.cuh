@@ -131,7 +131,7 @@ DEV bool wait_stages(Block& b, int count, Also... also) {
 // The warp has read the stages, or has loads of them under way whose values it has used.
 DEV void release_stages(Block& b, int count) {
   warp_sync();
-  for (int i = b.lane; i < count; i += LANES) mbar_arrive(&b.shared->empty[ahead(b.ring, i).stage]);
+  for (int i = b.lane / kWarpArrivals; i < count; i += LANES / kWarpArrivals) mbar_arrive(&b.shared->empty[ahead(b.ring, i).stage]);
   b.ring = ahead(b.ring, count);
 }
 DEV bool wait_stage(Block& b) { return wait_stages(b, 1); }
@@ -156,8 +156,7 @@ DEV void hand_over(Block& b, int unit, Store store) {
   const int slot = b.num_units % kPartSlots;
   store(slot);
   if (b.thread == 0) b.shared->notes[slot] = {unit, b.waiter.phase, b.waiter.layer, b.step};
-  warp_sync();
-  if (b.lane == 0) mbar_arrive(&b.shared->done[slot]);
+  warp_arrive(b, &b.shared->done[slot]);
   b.num_units++;
 }
 DEV void hand_over_mark(Block& b, int mark) {  // to each adder
@@ -199,23 +198,33 @@ DEV void multiply_units(Block& b) {
   release_stages(b, size(0));
   auto run = [&](Share (&even)[kGroup], Share (&odd)[kGroup]) {  // a unit, whose first group is in `even`; false after the last
     const int now = unit & ~kLastUnit;
-    const bool last = unit & kLastUnit;
     Accum acc;
     accum_zero(acc);
-    auto multiply = [&](Share (&of)[kGroup], Share (&next)[kGroup], int group) {
-      const int then = group + 1 < groups ? group + 1 : 0;
-      const bool more = then || !last;
-      if (more && !take(next, then)) return false;
+    auto multiply = [&](Share (&of)[kGroup], int group) {
       UNROLL for (int i = 0; i < kGroup; i++)
         if (i < size(group)) accum_multiply(acc, of[i], operand, group * width + i, rows);
-      if (more) release_stages(b, size(then));  // its loads have had the time of a multiplication to arrive
+    };
+    auto advance = [&](Share (&of)[kGroup], Share (&next)[kGroup], int group, int then) {
+      if (!take(next, then)) return false;
+      multiply(of, group);
+      release_stages(b, size(then));  // its loads have had the time of a multiplication to arrive
       return true;
     };
-    ROLLED for (int group = 0; group + 1 < groups; group += 2)
-      if (!multiply(even, odd, group) || !multiply(odd, even, group + 1)) return false;
-    if (groups % 2 && !multiply(even, odd, groups - 1)) return false;
-    hand_over(b, now, [&](int slot) { accum_store(acc, partial_sums(b, slot, b.warp), rows); });
-    return !last;
+    auto finish = [&] { hand_over(b, now, [&](int slot) { accum_store(acc, partial_sums(b, slot, b.warp), rows); }); };
+    auto end = [&](Share (&of)[kGroup], Share (&next)[kGroup]) {  // the unit's last group
+      if (unit & kLastUnit) {
+        multiply(of, groups - 1);
+        finish();
+        return false;
+      }
+      const bool well = advance(of, next, groups - 1, 0);
+      if (well) finish();
+      return well;
+    };
+    ROLLED for (int group = 0; group + 2 < groups; group += 2)
+      if (!advance(even, odd, group, group + 1) || !advance(odd, even, group + 1, group + 2)) return false;
+    if (groups % 2) return end(even, odd);
+    return advance(even, odd, groups - 2, groups - 1) && end(odd, even);
   };
   while (run(share[0], share[1]))
     if (groups % 2 && !run(share[1], share[0])) return;
