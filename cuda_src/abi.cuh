@@ -153,7 +153,7 @@ struct Shape {
   unsigned int max_rows;
   unsigned int one_shot_rows;
   unsigned int strategy;
-  unsigned int bf16_partials;
+  unsigned int float24_partials;
   unsigned int down_slices;
   unsigned int max_splits;
   unsigned int attention_rows;

@@ -10,7 +10,7 @@
 // Sums run over the sources in rank order, so all ranks hold the same bits, and all four give the same bits: the residual stays
 // fp32 and is never rounded, what the next phase sees of it is rounded to bf16 whoever added.
 // The residual lives where it is summed: replicated [rows, hidden] (ONE_SHOT, SEMAPHORE), or the owned slice [rows, owned].
-// With Shape.bf16_partials a partial sum is rounded to bf16 before it is sent, and a word carries two: half the bytes, other bits.
+// With Shape.float24_partials a partial sum is rounded to 24 bits before it is sent, and a wide word carries two: half the bytes, other bits.
 //
 // Condition C, why one buffer each is enough. A block may overwrite words of layer l (as it does in layer l + 1) only when every
 // block has read them. Let X be a block that writes o_part of layer l + 1. It has passed the receive of down_part of layer l, so
@@ -31,7 +31,7 @@
 namespace imex {
 
 struct Exchange {
-  u32 part_offset;  // [sources, max_rows, part_width] fp32 words
+  u32 part_offset;  // [sources, max_rows, part_width] fp32 words, or half as many wide ones
   u32 sum_offset;   // [max_rows, hidden / 2] bf16 pair words
   u32 slices;       // parts of K that are summed like ranks
 };
@@ -43,7 +43,7 @@ DEV bool semaphore() { return shape().strategy == (u32)Strategy::kSemaphore; }
 DEV bool one_shot(int rows) { return rows <= (int)shape().one_shot_rows; }
 DEV bool replicated(int rows) { return semaphore() || one_shot(rows); }
 DEV bool two_shot() { return shape().strategy == (u32)Strategy::kTwoShot; }
-DEV bool narrow() { return shape().bf16_partials; }
+DEV bool narrow() { return shape().float24_partials; }
 
 // Slices: pairs of the hidden vector, dealt in equal runs to the blocks of a rank, or of all ranks.
 DEV int num_owners() { return shape().num_blocks * (two_shot() ? shape().world_size : 1); }
@@ -73,9 +73,10 @@ DEV void push_partial(const Block& b, Exchange x, int rows, u32 slice, int row, 
   const u32 owner = to_one ? n / 2 / owned_pairs() / shape().num_blocks : 0;
   for (u32 r = to_one ? owner : 0; r < (to_one ? owner + 1 : shape().world_size); r++)
     if (semaphore()) {
-      store_global((float2*)(plain_values(b, r, x.part_offset, source, row) + n), sum);
+      store_global((float2*)(plain_values(b, r, x.part_offset, source, row) + n),
+                   narrow() ? unpack_float24(pack_float24(sum.x, sum.y)) : sum);
     } else if (narrow()) {
-      store_word(words_of(b, r, at), pack_bf16(sum.x, sum.y), epoch);
+      store_wide_word(words_of(b, r, at), pack_float24(sum.x, sum.y), epoch);
     } else {
       store_words(words_of(b, r, at), float_bits(sum.x), float_bits(sum.y), epoch);
     }
@@ -91,13 +92,22 @@ DEV void send_unit(const Block& b, Exchange x, int rows, u32 slice, int unit, u3
   if (semaphore()) raise_signals(b, x.part_offset, num_sources(x), b.params->rank * x.slices + slice, unit, epoch);
 }
 
+// Waits for pairs of words of partial sums, wide ones or tagged ones; use(i, live, first, second) takes their payloads as u64.
+template <class Address, class Source, class Use>
+DEV void gather_partials(Block& b, u32 epoch, int count, Address address, Source source, Use use) {
+  if (narrow()) gather_batches<8, u64>(b, epoch, count, address, source, use);
+  else
+    gather_batches<8, u32>(b, epoch, count, address, source,
+                           [&](int i, bool live, u32 first, u32 second) { use(i, live, (u64)first, (u64)second); });
+}
+
 // A block's whole part in ONE_SHOT: adds every source's words to the replicated residual and puts it, rounded, among the activations.
 // Returns the squares that put_residual does.
 DEV float receive_whole(Block& b, Exchange x, u32 epoch, bool weighs) {
   const int quads = shape().hidden_size / 4, per_row = quads_per_thread(quads);
   const int parts = narrow() ? 1 : 2, loads = parts * num_sources(x);  // of a quad: each source's, two words each
   float sum[4] = {0.f, 0.f, 0.f, 0.f}, squares = 0.f;
-  gather_batches(
+  gather_partials(
       b, epoch, num_rows(b) * per_row * loads,
       [&](int i) {
     const int item = i / loads, n = held_quad(quad_of(b, item % per_row), quads) * 4 + i % parts * 2;
@@ -105,16 +115,17 @@ DEV float receive_whole(Block& b, Exchange x, u32 epoch, bool weighs) {
       },
       [&](int i) {
     return (u32)(i % loads / parts) / x.slices; },
-      [&](int i, bool live, u32 first, u32 second) {
+      [&](int i, bool live, u64 first, u64 second) {
     const bool start = i % loads < parts;
     if (narrow()) {
-      const float v[4] = {bf16_low(first), bf16_high(first), bf16_low(second), bf16_high(second)};
+      const float2 low = unpack_float24(first), high = unpack_float24(second);
+      const float v[4] = {low.x, low.y, high.x, high.y};
   UNROLL for (int j = 0; j < 4; j++) sum[j] = (start ? 0.f : sum[j]) + v[j];
         } else {
           float& s0 = i % 2 ? sum[2] : sum[0];
           float& s1 = i % 2 ? sum[3] : sum[1];
-          s0 = (start ? 0.f : s0) + bits_float(first);
-          s1 = (start ? 0.f : s1) + bits_float(second);
+          s0 = (start ? 0.f : s0) + bits_float((u32)first);
+          s1 = (start ? 0.f : s1) + bits_float((u32)second);
         }
         if (i % loads < loads - 1) return;
         const int item = i / loads, row = item / per_row, quad = quad_of(b, item % per_row);
@@ -132,14 +143,13 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
     const int item = smaller(first + b.lane, total - 1), row = item / mine, pair = begin + item % mine;
     const int held = smaller(pair, pairs - 1);  // of the last owner some do not exist: it reads others' for them
     float2 sum = {0.f, 0.f};
-    gather_batches(
+    gather_partials(
         b, epoch, num_sources(x),
         [&](int i) { return own_words(b, part_word(x, i, row, 2 * held) & ~1u); },  // of a pair of narrow words one is this thread's
         [&](int i) { return (u32)i / x.slices; },
-        [&](int, bool live, u32 low, u32 high) {
-          const u32 both = held % 2 ? high : low;
-          if (live) sum.x += narrow() ? bf16_low(both) : bits_float(low);
-          if (live) sum.y += narrow() ? bf16_high(both) : bits_float(high);
+        [&](int, bool live, u64 low, u64 high) {
+          const float2 v = narrow() ? unpack_float24(held % 2 ? high : low) : float2{bits_float((u32)low), bits_float((u32)high)};
+          if (live) sum.x += v.x, sum.y += v.y;
         });
     if (first + b.lane >= total || pair >= pairs || b.waiter.failed) continue;
     float2* r = (float2*)(residual(b) + 2 * item);

@@ -183,7 +183,7 @@ Shape = _struct(
     ("max_rows", "u4"),
     ("one_shot_rows", "u4"),  # steps of at most so many rows exchange ONE_SHOT
     ("strategy", "u4"),  # Strategy of larger steps
-    ("bf16_partials", "u4"),  # 1: partial sums are rounded to bf16 before they are exchanged
+    ("float24_partials", "u4"),  # 1: partial sums are rounded to 24 bits before they are exchanged, two in a word
     ("down_slices", "u4"),  # parts of down_proj's K; a block serves one
     ("max_splits", "u4"),
     ("attention_rows", "u4"),  # rows of a sequence that attention takes together

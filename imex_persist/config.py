@@ -20,7 +20,7 @@ DEFAULT_MAX_MODEL_LEN = {"cuda": 8192, "sim": 2048}
 DEFAULT_DEADLINE_S = {"cuda": 2.0, "sim": 20.0}  # the simulator's ranks share few cores with everything else
 STRATEGIES = tuple(member.name for member in abi.Strategy)
 MEASURED, PLANNED = "MEASURED", "PLANNED"  # instead of a strategy: by whole steps at start (runtime/strategy.py), or by sizes
-EXCHANGE_DTYPES = ("float32", "bfloat16")
+EXCHANGE_DTYPES = ("float24", "float32")
 P2P_LEVELS = ("LOC", "NVL", "PIX", "PXB", "PHB", "SYS")  # NCCL's words, the strictest first
 _P2P_NUMBERS = ("LOC", "PIX", "PXB", "PHB", "SYS")  # NCCL's older form of them
 
@@ -65,7 +65,8 @@ class EngineConfig:
         f"at start; else {MEASURED} on GPUs, {PLANNED} in the simulator",
     )
     exchange_dtype: str = setting(
-        "float32", "what partial sums are exchanged as: float32, or bfloat16, which is half the bytes and rounds them"
+        "float24",
+        "what partial sums are exchanged as: float24, rounded to 16 significant bits, two in a word; or float32, twice the bytes",
     )
     deadline_s: float | None = setting(None, f"seconds that a wait of the kernel may take; else {_both(DEFAULT_DEADLINE_S)}")
     trace_events: int = setting(0, "events that each of a block's trace rings holds, a power of two; 0 compiles tracing out")

@@ -66,7 +66,7 @@ def make_shape(
     down_slices: int | None = None,
     one_shot_rows: int | None = None,
     attention_rows: int = QUERIES,
-    bf16_partials: bool = False,
+    float24_partials: bool = False,
     tap: bool = False,
     only_phase: abi.Phase | None = None,
     only_layer: int = 0,
@@ -98,13 +98,12 @@ def make_shape(
     s["world_size"], s["num_blocks"] = world_size, num_blocks
     s["max_rows"], s["num_slots"] = max_rows, num_slots
     epochs_per_step = max(config.num_hidden_layers + 2, abi.SEARCH_ROUNDS)
-    s["renew_steps"] = 1 << 32 - epochs_per_step.bit_length()  # most that leave every epoch below 2^32
+    epoch_bits = 16 if float24_partials else 32  # what the narrowest word has of an epoch (cuda_src/words.cuh)
+    s["renew_steps"] = 1 << epoch_bits - epochs_per_step.bit_length()  # most that leave every epoch below that
     s["page_size"], s["pages_per_slot"] = page, pages_per_slot
     s["num_pages"] = num_pages if num_pages is not None else pages_per_slot * num_slots
     s["max_splits"] = max(1, min(abi.MAX_SPLITS, num_blocks // kv_heads))
-    s["bf16_partials"] = bf16_partials
-    if bf16_partials and strategy == abi.Strategy.SEMAPHORE:
-        raise ValueError("exchange SEMAPHORE with exchange_dtype bfloat16 is not supported: choose one of them")
+    s["float24_partials"] = float24_partials
     s["tap"] = tap
     s["only_phase"] = 0 if only_phase is None else 1 + only_phase
     s["only_layer"] = only_layer
@@ -175,7 +174,7 @@ def exchange_shape(
     machine: Machine,
     strategy: abi.Strategy,
     down_slices: int = 1,
-    bf16_partials: bool = False,
+    float24_partials: bool = False,
 ) -> np.void:
     """As much of a Shape as cuda_src/bench/exchange.cu uses: every step exchanges by `strategy`, and nothing is streamed.
 
@@ -187,7 +186,7 @@ def exchange_shape(
     # every block sends something, also where ranks gather parts of a vector
     s["num_blocks"] = min(machine.num_blocks, hidden_size // max(abi.UNIT_ROWS, 2 * world_size))
     s["world_size"], s["max_rows"] = world_size, max_rows
-    s["strategy"], s["bf16_partials"] = strategy, bf16_partials
+    s["strategy"], s["float24_partials"] = strategy, float24_partials
     _place_shared_memory(s, 32 * world_size, down_slices, None, strategy, machine)
     s["smem_bytes"] = s["smem_ring"]
     if s["smem_bytes"] > machine.shared_memory_bytes:

@@ -90,6 +90,9 @@ DEV u32 atomic_exchange_sys(u32* p, u32 v) {
 DEV void store_word(u64* p, u32 payload, u32 epoch) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"((u64)epoch << 32 | payload) : "memory");
 }
+DEV void store_wide_word(u64* p, u64 payload, u32 epoch) {  // words.cuh
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"((u64)epoch << 48 | payload) : "memory");
+}
 DEV void store_words(u64* p, u32 first, u32 second, u32 epoch) {
   asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(p), "l"((u64)epoch << 32 | first),
                "l"((u64)epoch << 32 | second)
@@ -97,18 +100,6 @@ DEV void store_words(u64* p, u32 first, u32 second, u32 epoch) {
 }
 DEV void load_words(const u64* p, u64& first, u64& second) {
   asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(p) : "memory");
-}
-// A dense word is one 128-bit scalar, {three payloads, epoch}: one access, so it does not tear (libcu++'s 16-byte atomics are the same).
-DEV void store_dense(u64* p, u32 a, u32 b, u32 c, u32 epoch) {
-  asm volatile("{ .reg .b128 w; mov.b128 w, {%1, %2}; st.relaxed.sys.global.b128 [%0], w; }" ::"l"(p), "l"((u64)b << 32 | a),
-               "l"((u64)epoch << 32 | c)
-               : "memory");
-}
-DEV void load_dense(const u64* p, u64& low, u64& high) {
-  asm volatile("{ .reg .b128 w; ld.relaxed.sys.global.b128 w, [%2]; mov.b128 {%0, %1}, w; }"
-               : "=l"(low), "=l"(high)
-               : "l"(p)
-               : "memory");
 }
 
 DEV void store_event(TraceEvent* p, u32 clock, u32 what, u32 value, u32 step) {

@@ -20,21 +20,27 @@ DEV bool aborted(const RankParams* params);  // has anybody given up?
 DEV void stand_still(u32 ns) {
   for (const u64 began = timer_ns(); timer_ns() - began < ns;) {}
 }
+template <class Payload>
+constexpr int kBitsOfPayload = sizeof(Payload) == 4 ? 32 : 48;  // tagged words, wide words
 constexpr u32 kPollsPerCheck = 256;  // the abort word and the clock are looked at this seldom, off the fast path
 
-// Waits until the words at address(0) .. address(count - 1) and their right neighbours all carry `epoch`; payloads in `out`.
+// Waits until the words at address(0) .. address(count - 1) and their right neighbours all carry `epoch`; payloads in `out`, of u32 for
+// tagged words and of u64 for wide ones.
 // All loads of a poll are in flight together. count <= N; source(i) names the rank that owes word i. With kTogether, whole warps call it and
 // all lanes leave at once: one that left alone would go on alone, and what follows be done once for each.
-template <int N, bool kTogether = false, class Address, class Source>
-DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source, u32 (&out)[N][2]) {
+template <int N, bool kTogether = false, class Address, class Source, class Payload>
+DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source,
+                    Payload (&out)[N][2]) {
+  constexpr int kPayloadBits = kBitsOfPayload<Payload>, kShared = kPayloadBits - 32;  // of the word's high half, payload too
+  const u32 tag = epoch << kShared;
   u64 word[N][2] = {};
   auto ready = [&] {  // all again each time: to remember which are there costs more than their loads (docs/performance.md)
   UNROLL for (int i = 0; i < N; i++)
       if (i < count) load_words(address(i), word[i][0], word[i][1]);
     u32 differs[2] = {0, 0};
     UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < 2; j++)
-      if (i < count) differs[j] |= (u32)(word[i][j] >> 32) ^ epoch;
-    return (differs[0] | differs[1]) == 0;
+      if (i < count) differs[j] |= (u32)(word[i][j] >> 32) ^ tag;
+    return (differs[0] | differs[1]) >> kShared == 0;
   };
   u64 began_ns = 0;
   u32 polls = 0, began = 0;
@@ -46,46 +52,19 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
     if (shape().trace && polls == 0) began = clock_low();  // a wait is timed only if its first poll fails
     if (++polls % kPollsPerCheck) continue;
     if (!began_ns) began_ns = timer_ns();
-    u32 owes = source(0), seen = epoch;  // for the record: whose word is missing, and what is there instead
-    ROLLED for (int i = 0; i < count && seen == epoch; i++) {  // short: this stands inline in each wait, and code must be fetched
+    const u32 expected = tag >> kShared;
+    u32 owes = source(0), seen = expected;  // for the record: whose word is missing, and what is there instead
+    ROLLED for (int i = 0; i < count && seen == expected; i++) {  // short: this stands inline in each wait, and code must be fetched
       u64 there[2];
       load_words(address(i), there[0], there[1]);
-      owes = source(i), seen = (u32)(there[0] >> 32) == epoch ? (u32)(there[1] >> 32) : (u32)(there[0] >> 32);
+      owes = source(i), seen = (u32)(there[0] >> kPayloadBits);
+      if (seen == expected) seen = (u32)(there[1] >> kPayloadBits);
     }
-    if (seen == epoch) continue;  // they have come by now
-    w.failed = give_up(w.params, w.phase, w.layer, kind, idle, owes, epoch, seen, began_ns);
+    if (seen == expected) continue;  // they have come by now
+    w.failed = give_up(w.params, w.phase, w.layer, kind, idle, owes, expected, seen, began_ns);
   }
   if (shape().trace && polls) w.word_clocks += clock_low() - began;
-  UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < 2; j++) out[i][j] = (u32)word[i][j];
-}
-// The same for dense words, by whole warps whose lanes leave at once: waits until those at address(0) .. address(count - 1) carry `epoch`.
-template <int N, class Address, class Source>
-DEV void wait_dense(Waiter& w, Wait kind, u32 epoch, int count, Address address, Source source, u32 (&out)[N][3]) {
-  u64 word[N][2] = {};
-  auto ready = [&] {
-    UNROLL for (int i = 0; i < N; i++)
-      if (i < count) load_dense(address(i), word[i][0], word[i][1]);
-    u32 differs = 0;
-    UNROLL for (int i = 0; i < N; i++)
-      if (i < count) differs |= (u32)(word[i][1] >> 32) ^ epoch;
-    return differs == 0;
-  };
-  u64 began_ns = 0;
-  for (u32 polls = 0; !warp_all(ready());) {
-    w.failed = warp_any(w.failed);
-    if (w.failed) break;
-    if (++polls % kPollsPerCheck) continue;
-    if (!began_ns) began_ns = timer_ns();
-    u32 owes = source(0), seen = epoch;
-    ROLLED for (int i = 0; i < count && seen == epoch; i++) {
-      u64 there[2];
-      load_dense(address(i), there[0], there[1]);
-      owes = source(i), seen = (u32)(there[1] >> 32);
-    }
-    if (seen == epoch) continue;
-    w.failed = give_up(w.params, w.phase, w.layer, kind, false, owes, epoch, seen, began_ns);
-  }
-  UNROLL for (int i = 0; i < N; i++) out[i][0] = (u32)word[i][0], out[i][1] = (u32)(word[i][0] >> 32), out[i][2] = (u32)word[i][1];
+  UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < 2; j++) out[i][j] = (Payload)(word[i][j] & ((u64)1 << kPayloadBits) - 1);
 }
 // Waits for one word; returns the clock at which it was there, each lane its own though they poll together: the predicate waits for it.
 DEV u32 wait_word_clock(Waiter& w, u32 epoch, const u64* p, u32 source, u32& payload) {

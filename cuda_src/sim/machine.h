@@ -69,7 +69,8 @@ struct WaitNote {
   Phase phase;
   u32 layer;
   u32 source;    // rank that owes the word
-  u32 expected;  // epoch, or parity
+  u32 expected;  // what a word has of the epoch above its payload, or parity
+  int payload_bits;
   u32 seen;
   bool idle;
   u64 began_ns;
@@ -206,7 +207,6 @@ constexpr u32 kMaxPending = 512;  // delayed stores a block may hold
 bool memory_setup();              // buffers of all blocks; false: no memory
 void memory_teardown();
 void delay_words(u64* p, u64 first, u64 second, int count);
-void delay_dense(u64* p, u64 low, u64 high);
 void delay_plain(void* p, u64 value, u32 size);
 void delay_relaxed(u32* p, u32 value);
 u32 load_delayed(const u32* p);  // own delayed stores over what a load without a fence may see
@@ -260,16 +260,6 @@ inline void put_words(u64* p, u64 first, u64 second) {
   if (machine.weak) return delay_words(p, first, second, 2);
   __atomic_store_n(p, first, __ATOMIC_RELAXED);
   __atomic_store_n(p + 1, second, __ATOMIC_RELAXED);
-  if (machine.parked[bucket_of(p)]) wake_pair(p);
-}
-
-inline void put_dense(u64* p, u64 low, u64 high) {
-  point();
-  tsan_word_stored(p);
-  tsan_word_stored(p + 1);
-  if (machine.weak) return delay_dense(p, low, high);
-  __atomic_store_n(p, low, __ATOMIC_RELAXED);
-  __atomic_store_n(p + 1, high, __ATOMIC_RELEASE);  // a reader in another process that sees the epoch sees the rest
   if (machine.parked[bucket_of(p)]) wake_pair(p);
 }
 

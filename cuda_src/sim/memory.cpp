@@ -202,10 +202,6 @@ void delay_words(u64* p, u64 first, u64 second, int count) {
   delay(swap ? s : right);
 }
 
-void delay_dense(u64* p, u64 low, u64 high) {  // never split
-  delay(PendingStore{(char*)p, {low, high}, 16, false, false, false, machine.current});
-}
-
 void delay_plain(void* p, u64 value, u32 size) {
   delay(PendingStore{(char*)p, {value, 0}, size, true, false, false, machine.current});
 }

@@ -148,17 +148,13 @@ DEV u32 atomic_exchange_sys(u32* p, u32 v) {
 }
 
 DEV void store_word(u64* p, u32 payload, u32 epoch) { sim::put_word(p, (u64)epoch << 32 | payload); }
+DEV void store_wide_word(u64* p, u64 payload, u32 epoch) { sim::put_word(p, (u64)epoch << 48 | payload); }
 DEV void store_words(u64* p, u32 first, u32 second, u32 epoch) {
   sim::put_words(p, (u64)epoch << 32 | first, (u64)epoch << 32 | second);
 }
 DEV void load_words(const u64* p, u64& first, u64& second) {
   first = __atomic_load_n(p, __ATOMIC_RELAXED);
   second = __atomic_load_n(p + 1, __ATOMIC_RELAXED);
-}
-DEV void store_dense(u64* p, u32 a, u32 b, u32 c, u32 epoch) { sim::put_dense(p, (u64)b << 32 | a, (u64)epoch << 32 | c); }
-DEV void load_dense(const u64* p, u64& low, u64& high) {
-  high = __atomic_load_n(p + 1, __ATOMIC_ACQUIRE);  // the half with the epoch first
-  low = __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 
 DEV void store_event(TraceEvent* p, u32 clock, u32 what, u32 value, u32 step) { *p = {clock, what, value, step}; }
@@ -215,18 +211,22 @@ DEV_CALL bool park_once(Waiter& w, sim::Park how, sim::WaitNote& note) {
 }
 
 DEV bool warp_any(bool v);
-template <int N, bool kTogether = false, class Address, class Source>
-DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source, u32 (&out)[N][2]) {
+template <class Payload>
+constexpr int kBitsOfPayload = sizeof(Payload) == 4 ? 32 : 48;  // tagged words, wide words
+template <int N, bool kTogether = false, class Address, class Source, class Payload>
+DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source,
+                    Payload (&out)[N][2]) {
+  constexpr int kPayloadBits = kBitsOfPayload<Payload>;
   u64 word[N][2];
   sim::WaitNote note{};
-  note.kind = kind, note.idle = idle, note.expected = epoch;
+  note.kind = kind, note.idle = idle, note.expected = epoch & ~(u32)0 >> (kPayloadBits - 32), note.payload_bits = kPayloadBits;
   auto missing = [&]() -> const u64* {  // the first word that is not there yet
     const u64* first = nullptr;
     for (int i = 0; i < count; i++) {
       load_words(address(i), word[i][0], word[i][1]);
       for (int j = 0; j < 2 && !first; j++)
-        if ((u32)(word[i][j] >> 32) != epoch)
-          first = address(i) + j, note.source = source(i), note.seen = (u32)(word[i][j] >> 32);
+        if ((u32)(word[i][j] >> kPayloadBits) != note.expected)
+          first = address(i) + j, note.source = source(i), note.seen = (u32)(word[i][j] >> kPayloadBits);
     }
     return first;
   };
@@ -242,34 +242,13 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
   if (sim::kTsan)
     for (int i = 0; i < 2 * count; i++) sim::tsan_word_awaited(address(i / 2) + i % 2);
   for (int i = 0; i < N; i++)
-    for (int j = 0; j < 2; j++) out[i][j] = i < count ? (u32)word[i][j] : 0;
+    for (int j = 0; j < 2; j++) out[i][j] = i < count ? (Payload)(word[i][j] & ((u64)1 << kPayloadBits) - 1) : 0;
 }
 DEV u32 wait_word_clock(Waiter& w, u32 epoch, const u64* p, u32 source, u32& payload) {
   u32 words[1][2];
   wait_words<1>(w, Wait::kWords, false, epoch, 1, [&](int) { return p; }, [&](int) { return source; }, words);
   payload = words[0][0];
   return clock_low();
-}
-template <int N, class Address, class Source>
-DEV void wait_dense(Waiter& w, Wait kind, u32 epoch, int count, Address address, Source source, u32 (&out)[N][3]) {
-  u64 word[N][2];
-  sim::WaitNote note{};
-  note.kind = kind, note.expected = epoch;
-  auto missing = [&]() -> const u64* {  // the epoch of the first that is not there yet: in the place of a tagged word's
-    const u64* first = nullptr;
-    for (int i = 0; i < count; i++) {
-      load_dense(address(i), word[i][0], word[i][1]);
-      if (first || (u32)(word[i][1] >> 32) == epoch) continue;
-      first = address(i) + 1, note.source = source(i), note.seen = (u32)(word[i][1] >> 32);
-    }
-    return first;
-  };
-  sim::point();
-  while ((note.address = missing()) && !w.failed)
-    if (park_once(w, sim::Park::kWord, note)) break;
-  if (sim::kTsan)
-    for (int i = 0; i < 2 * count; i++) sim::tsan_word_awaited(address(i / 2) + i % 2);
-  for (int i = 0; i < count; i++) out[i][0] = (u32)word[i][0], out[i][1] = (u32)(word[i][0] >> 32), out[i][2] = (u32)word[i][1];
 }
 constexpr u32 kPollsPerCheck = 8;  // the mailbox looks at the abort and stop words this seldom
 constexpr int kTestsPerPoll = 1;

@@ -195,7 +195,8 @@ bool poll_words() {  // another process may have written what is waited for
   bool any = false;
   for (Fiber* f = machine.fibers; f < machine.fibers + machine.num_fibers; f++) {
     if (f->state != State::kParked || f->park != Park::kWord) continue;
-    if ((u32)(__atomic_load_n((const u64*)f->note.address, __ATOMIC_ACQUIRE) >> 32) != f->note.expected) continue;
+    if ((u32)(__atomic_load_n((const u64*)f->note.address, __ATOMIC_ACQUIRE) >> f->note.payload_bits) != f->note.expected)
+      continue;
     unlink_waiter(f);
     make_ready(f);
     any = true;

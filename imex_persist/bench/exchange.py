@@ -18,6 +18,7 @@ from imex_persist.errors import FaultError
 from imex_persist.runtime import capacity
 
 LOOPS = {"cuda": (200, 2000), "sim": (1, 4)}  # warm-up and timed iterations of a launch
+SOURCE = "exchange.cu"
 RUNS = {"cuda": 3, "sim": 1}
 
 
@@ -27,23 +28,17 @@ class Variant:
 
     name: str
     strategy: abi.Strategy
-    bf16: bool = False
-    dense: bool = False
+    float24: bool = False
     gather: bool = False
 
     @property
     def kind(self) -> abi.Probe:
         return abi.Probe.ALL_GATHER if self.gather else abi.Probe.ALL_REDUCE
 
-    @property
-    def source(self) -> str:
-        return "exchange_dense.cu" if self.dense else "exchange.cu"
-
 
 VARIANTS = (
     *(Variant(strategy.name, strategy) for strategy in abi.Strategy),
-    *(Variant(f"{s.name} bf16", s, bf16=True) for s in abi.Strategy if s != abi.Strategy.SEMAPHORE),
-    *(Variant(f"{s.name} dense", s, dense=True) for s in (abi.Strategy.ONE_SHOT, abi.Strategy.ONE_SHOT_LOCAL)),
+    *(Variant(f"{s.name} float24", s, float24=True) for s in abi.Strategy if s != abi.Strategy.SEMAPHORE),
     Variant("all-gather", abi.Strategy.ONE_SHOT, gather=True),
 )
 
@@ -59,8 +54,7 @@ def measure(ranks: Ranks, sizes: list[int], hidden_size: int) -> list[dict]:
     todo = [
         (variant, hidden, rows) for variant in VARIANTS for hidden, rows in [*small, *([(hidden_size, large)] if large else [])]
     ]
-    for source in dict.fromkeys(variant.source for variant in VARIANTS):
-        ranks.build(source, _shapes(ranks, [one for one in todo if one[0].source == source]))
+    ranks.build(SOURCE, _shapes(ranks, todo))
     return [row for variant, hidden, rows in todo for row in _measure(ranks, variant, hidden, rows)]
 
 
@@ -90,7 +84,7 @@ def shape_for(ranks: Ranks, variant: Variant, hidden: int, max_rows: int):
         max_rows=max_rows,
         machine=capacity.shared_machine(ranks.machines, each),
         strategy=variant.strategy,
-        bf16_partials=variant.bf16,
+        float24_partials=variant.float24,
     )
 
 
@@ -100,7 +94,7 @@ def _measure(ranks: Ranks, variant: Variant, hidden: int, rows: list[int]) -> li
         shape = shape_for(ranks, variant, hidden, max(rows))
     except ValueError as error:
         return [name | {"why_not": str(error)} for name in names]
-    ranks.prepare(variant.source, shape)
+    ranks.prepare(SOURCE, shape)
     warmup, loops = LOOPS[ranks.placement.kind]
     epoch = 0
     for name in names:

@@ -13,7 +13,7 @@ from imex_persist.bench import facts
 
 FORMATS = (".svg", ".png")
 OURS, FLOOR = "imex-persist", "floor: bytes ÷ read ceiling"
-PAYLOADS = {"bf16": ":", "dense": "-."}  # lines of what is not sent as fp32 in tagged words
+PAYLOADS = {"float24": ":"}  # lines of what is not sent as fp32
 IN_THE_PICTURE = 6  # series whose legend still finds room there
 Series = tuple[str, list[tuple[float, float]]]  # a name, its points
 

@@ -42,7 +42,7 @@ def choose_shape(
         "max_model_len": max_model_len,
         "machine": machine,
         "strategy": config.strategy,
-        "bf16_partials": config.exchange_dtype == "bfloat16" and config.tensor_parallel_size > 1,
+        "float24_partials": config.exchange_dtype == "float24",
         "trace": config.trace_events,
         "trace_every": config.trace_every,
     }

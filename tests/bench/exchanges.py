@@ -6,7 +6,7 @@ import numpy as np
 
 from imex_persist import planner
 from imex_persist.bench import sums
-from imex_persist.bench.exchange import VARIANTS, Variant
+from imex_persist.bench.exchange import SOURCE, VARIANTS, Variant
 from imex_persist.bench.probe import Probe
 from imex_persist.planner import Machine
 
@@ -20,7 +20,7 @@ def shape_of(variant: Variant, world: int, *, hidden: int, rows: int, machine: M
         max_rows=rows,
         machine=machine,
         strategy=variant.strategy,
-        bf16_partials=variant.bf16,
+        float24_partials=variant.float24,
         down_slices=slices,
     )
 
@@ -30,7 +30,7 @@ class Exchanges:
 
     def __init__(self, device, shape: np.void, variant: Variant, source: str = ""):
         self.shape, self.variant, self.world = shape, variant, int(shape["world_size"])
-        self.probe = Probe(device, shape, source or variant.source, list(range(self.world)))
+        self.probe = Probe(device, shape, source or SOURCE, list(range(self.world)))
         self.probe.connect(self.probe.handles())
 
     def run(self, rows: int, turns: int) -> list[np.ndarray]:

@@ -53,6 +53,7 @@ class Configuration:
     def __str__(self) -> str:
         c, o = self.case.config, self.case.options
         exchange = "ONE_SHOT" if o["one_shot_rows"] is None else f"{o['strategy'].name} above {o['one_shot_rows']} rows"
+        exchange += " of float24" if o["float24_partials"] else ""
         return (
             f"LANES={self.lanes}, {o['world_size']} ranks x {self.case.num_blocks} blocks, {exchange}, {o['max_rows']} rows, "
             f"{o['down_slices']} down slices, ring {self.max_stages}/{self.window}, epochs of {self.renew_steps} steps, "
@@ -144,7 +145,9 @@ def configuration(number: int, lanes: int | None = None) -> Configuration:
     stages = int(rng.integers(4, 13))
     case = Case(f"schedule{number}", number, config, blocks, (), options)
     window = max(2, int(rng.integers(1, min(stages, 4))))  # tiles move in groups of up to two
-    return Configuration(number, lanes, case, stages, window, tuple(requests), int(rng.choice([1, 2, 4, 1 << 20])))
+    renew_steps = int(rng.choice([1, 2, 4, 1 << 20]))
+    options["float24_partials"] = bool(rng.integers(2))
+    return Configuration(number, lanes, case, stages, window, tuple(requests), renew_steps)
 
 
 def tiny(number: int, lanes: int = 32) -> Configuration:
@@ -158,7 +161,7 @@ def tiny(number: int, lanes: int = 32) -> Configuration:
     )  # fmt: skip
     options = {
         "world_size": world, "max_rows": 2, "num_slots": 1, "max_model_len": 8, "strategy": strategy,
-        "one_shot_rows": one_shot_rows, "down_slices": slices,
+        "one_shot_rows": one_shot_rows, "down_slices": slices, "float24_partials": number > 0,
     }  # fmt: skip
     return Configuration(-1 - number, lanes, Case("tiny", 1, config, 2, (), options), 5, 3, (Request((3, 1, 4), 3),))
 
