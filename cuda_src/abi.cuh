@@ -31,7 +31,6 @@ constexpr int kMaxLogprobs = 20;
 constexpr int kSearchPivots = 16;
 constexpr int kSearchRounds = 19;
 constexpr int kDrawRowBytes = 2048;
-constexpr int kSharedMailboxBytes = 3072;
 constexpr int kSharedHeaderBytes = 8192;
 constexpr int kDescriptorSlots = 64;
 constexpr int kRecordSlots = 4096;
@@ -157,6 +156,7 @@ struct Shape {
   unsigned int down_slices;
   unsigned int max_splits;
   unsigned int attention_rows;
+  unsigned int scratch_warps;
   unsigned int page_size;
   unsigned int num_pages;
   unsigned int pages_per_slot;
@@ -193,7 +193,7 @@ struct Shape {
   unsigned int trace;
   unsigned int trace_every;
 };
-static_assert(sizeof(Shape) == 228);
+static_assert(sizeof(Shape) == 232);
 
 struct RankParams {
   unsigned long long qkv;

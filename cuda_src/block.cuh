@@ -5,7 +5,10 @@
 namespace imex {
 
 constexpr int kConsumerThreads = kConsumerWarps * LANES;
-constexpr int kMaxPlanWords = kPlanHeaderWords + kPlanRowWords * kMaxRows;
+constexpr int kHeldPlanWords = kPlanHeaderWords + kPlanRowWords * kHeldRows;
+constexpr int kCells =
+    (kHeldRows * (kUnitRows / 2) + LANES - 1) / LANES * LANES;  // (row, pair of a unit's outputs), in whole warps
+constexpr int kMailboxBytes = 256 + 144 * kHeldSlots + 40 * kHeldRows;
 
 // One row of the step: a position of a sequence, and the token that stands there.
 struct Row {
@@ -33,35 +36,36 @@ struct FaultNote {
 
 // The head of shared memory; the big arrays follow at the offsets in Shape.
 struct Shared {
-  u64 full[kMaxStages];   // bulk copies -> consumers: the stage's tile is here
-  u64 empty[kMaxStages];  // consumer warps -> producer: the stage may be overwritten
-  u64 done[kPartSlots];   // consumer warps -> adder: all partial sums of a unit are here
-  u64 free[kPartSlots];   // adder -> consumer warps: they have been read
-  u64 candidates_ready;   // adders -> consumers: every row's best logits of this block are in `candidates`
-  u64 step_begin;         // consumers -> producer: plan read, KV pages of earlier steps may be streamed
-  u64 step_end[2];        // consumers -> mailbox, by step parity: the step's tokens are in `tokens`
+  u64 full[kHeldStages];   // bulk copies -> consumers: the stage's tile is here
+  u64 empty[kHeldStages];  // consumer warps -> producer: the stage may be overwritten
+  u64 done[kPartSlots];    // consumer warps -> adder: all partial sums of a unit are here
+  u64 free[kPartSlots];    // adder -> consumer warps: they have been read
+  u64 candidates_ready;    // adders -> consumers: every row's best logits of this block are in `candidates`
+  u64 step_begin;          // consumers -> producer: plan read, KV pages of earlier steps may be streamed
+  u64 step_end[2];         // consumers -> mailbox, by step parity: the step's tokens are in `tokens`
   UnitNote notes[kPartSlots];
-  FaultNote fault;       // the first wait of this block that lasted too long
-  int unit[kMaxStages];  // what the stage holds: a unit's index, or one of the marks below
-  u32 plan[kMaxPlanWords];
+  FaultNote fault;        // the first wait of this block that lasted too long
+  int unit[kHeldStages];  // what the stage holds: a unit's index, or one of the marks below
+  u32 plan[kHeldPlanWords];
   u32 num_rows, num_sampling, num_drawing, command;  // of the step; rows that are not plainly greedy are drawing
   const RankParams* params;                          // for draw.cuh's calls, so that the greedy path need not hold the address
   u32 num_drawn, num_searching, num_rounds;          // sampling.cuh, search.cuh
-  u32 drawing[kMaxRows], drawn[kMaxRows], searching[kMaxRows];
-  Row rows[kMaxRows];
-  u32 tokens[2][kMaxRows];                    // by step parity: what the step sampled
-  float norm_sums[kMaxRows][kConsumerWarps];  // sums of squares, see norm.cuh
-  float row_scales[kAdderWarps][kMaxRows];    // each adder's own
-  u64 best[kMaxRows][kConsumerWarps];
-  u64 candidates[kAdderWarps][kMaxRows * (kUnitRows / 2)];
-  alignas(16) char mailbox[kSharedMailboxBytes];  // struct MailboxState of rank 0's block 0
+  u32 drawing[kHeldRows], drawn[kHeldRows], searching[kHeldRows];
+  Row rows[kHeldRows];
+  u32 tokens[2][kHeldRows];                    // by step parity: what the step sampled
+  float norm_sums[kHeldRows][kConsumerWarps];  // sums of squares, see norm.cuh
+  float row_scales[kAdderWarps][kHeldRows];    // each adder's own
+  u64 best[kHeldRows][kConsumerWarps];
+  u64 candidates[kAdderWarps][kCells];
+  alignas(16) char mailbox[kMailboxBytes];  // struct MailboxState of rank 0's block 0
 };
-static_assert(sizeof(Shared) <= kSharedHeaderBytes, "raise SHARED_HEADER_BYTES in abi.py");
+static_assert(sizeof(Shared) <= kHeaderBytes, "raise header_bytes in planner.py, or SHARED_HEADER_BYTES in abi.py");
 
 constexpr int kLastUnit = 1 << 30;  // set in the number of the block's last unit of a phase
 constexpr int kUnitEnd = -1;        // a phase without a unit for this block; to the adders: the LM head is done
 constexpr int kUnitNorm = -2;       // RMSNorm weights
 constexpr int kUnitPage = -3;       // a KV page
+constexpr int kUnitScratch = -5;    // nothing: attention's own until it gives the stage back
 constexpr int kUnitExit = -4;       // the adders leave
 
 // A position in the ring, kept by everyone who walks it.

@@ -37,12 +37,12 @@ constexpr u32 kKnownToken = ~1u;
 
 struct MailboxState {
   u32 line[kLineWords];  // the last descriptor taken
-  SlotState slots[kMaxSlots];
-  PlannedRow planned[2][kMaxRows];  // by step parity
+  SlotState slots[kHeldSlots];
+  PlannedRow planned[2][kHeldRows];  // by step parity
   u32 num_planned[2];
   u32 num_sampling, num_drawing;
 };
-static_assert(sizeof(MailboxState) <= kSharedMailboxBytes, "raise SHARED_MAILBOX_BYTES in abi.py");
+static_assert(sizeof(MailboxState) <= kMailboxBytes, "raise kMailboxBytes in block.cuh");
 
 constexpr u64 kHostSilenceNs = 30000000000ull;  // a host whose heartbeat stops for so long is gone
 
@@ -342,7 +342,7 @@ DEV News await_news(MailboxWarp& m, bool once) {
 DEV void run_mailbox(Block& b) {
   MailboxState* state = (MailboxState*)b.shared->mailbox;
   MailboxWarp m = {b.params, b.shared, state, {(Mailbox*)b.params->mailbox, b.lane, 1, 1}, b.lane, 0, 0, 0, 0, timer_ns()};
-  ROLLED for (u32 i = b.lane; i < kMaxSlots; i += LANES) state->slots[i].active = 0;
+  ROLLED for (u32 i = b.lane; i < kHeldSlots; i += LANES) state->slots[i].active = 0;
   ROLLED for (u32 i = b.lane; i < 2; i += LANES) state->num_planned[i] = 0;
   warp_sync();
   if (m.lane == 0) store_release_sys(&m.rings.host->header.resident, 1);

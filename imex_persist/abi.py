@@ -39,8 +39,7 @@ MAX_LOGPROBS = 20
 SEARCH_PIVOTS = 16  # keys at which one round of the threshold search counts
 SEARCH_ROUNDS = 19  # exchanges of a search at most
 DRAW_ROW_BYTES = 2048  # of shared memory, in place of the activations, that a row takes while it is drawn
-SHARED_MAILBOX_BYTES = 3072  # of it, what the mailbox keeps about its slots
-SHARED_HEADER_BYTES = 8192  # barriers, plan and small arrays at the start of shared memory (struct Shared)
+SHARED_HEADER_BYTES = 8192  # barriers, plan and small arrays at the start of shared memory (struct Shared), for any shape
 DESCRIPTOR_SLOTS = 64  # entries of the descriptor ring
 RECORD_SLOTS = 4096  # entries of the record ring
 TOKEN_FROM_ROW = 0x80000000  # plan: the token is what row (value & 0xff) of the previous step sampled
@@ -187,6 +186,7 @@ Shape = _struct(
     ("down_slices", "u4"),  # parts of down_proj's K; a block serves one
     ("max_splits", "u4"),
     ("attention_rows", "u4"),  # rows of a sequence that attention takes together
+    ("scratch_warps", "u4"),  # warps whose results of an item attention keeps in a stage of the ring; 0: it takes no stage
     ("page_size", "u4"),  # positions of a KV page
     ("num_pages", "u4"),
     ("pages_per_slot", "u4"),
@@ -390,7 +390,7 @@ ENUMS = (Phase, Wait, Command, Record, Finish, Draw, Strategy, Mark, Probe)
 CONSTANTS = (
     "MAX_RANKS MAX_ROWS FEW_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS "
     "ADDER_WARPS TRACE_WRITERS ALIGN_ROUNDS ALIGN_EVERY ALIGN_SLOTS NUM_WARPS PART_SLOTS MAX_STOP_IDS "
-    "PLAN_HEADER_WORDS PLAN_ROW_WORDS SAMPLING_WORDS MAX_LOGPROBS SEARCH_PIVOTS SEARCH_ROUNDS DRAW_ROW_BYTES SHARED_MAILBOX_BYTES "
+    "PLAN_HEADER_WORDS PLAN_ROW_WORDS SAMPLING_WORDS MAX_LOGPROBS SEARCH_PIVOTS SEARCH_ROUNDS DRAW_ROW_BYTES "
     "SHARED_HEADER_BYTES DESCRIPTOR_SLOTS RECORD_SLOTS TOKEN_FROM_ROW ROW_SAMPLES ROW_DRAWS ROW_SLOT TRACE_CUT PLAN_ALIGNS PLAN_NEW_PAGES "
     "DESCRIPTOR_MAGIC DESCRIPTOR_FACTOR"
 ).split()

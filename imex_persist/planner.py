@@ -13,7 +13,7 @@ import numpy as np
 
 from imex_persist import abi
 
-MAX_USEFUL_STAGES = 12  # more buffered tiles did not help (docs/performance.md)
+MAX_USEFUL_STAGES = 14  # more do not fit beside a model's activations
 MIN_STAGES = 4
 ONE_SHOT_WORDS = 8192  # words a block can read in one shot before a slice owner is faster (docs/performance.md)
 LONG_UNIT_TILES = 7  # a unit of down_proj that is longer should be cut (docs/performance.md)
@@ -30,12 +30,14 @@ H100_SHARED_BYTES = 232_448
 @dataclass(frozen=True)
 class Machine:
     """One GPU, or the simulator's idea of one: blocks of a rank, the shared memory a block may take, in bytes, and the rank's share of the
-    memory's bandwidth by its data sheet, in TB/s (0: not known)."""
+    memory's bandwidth by its data sheet, in TB/s (0: not known). On a GPU the header of shared memory is as large as the shape needs; the
+    simulator's kernel, built for all shapes, has the largest."""
 
     num_blocks: int = H100_SMS
     shared_memory_bytes: int = H100_SHARED_BYTES
     max_stages: int = MAX_USEFUL_STAGES
     memory_tb_s: float = 0.0
+    exact_header: bool = False
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -230,13 +232,18 @@ def _place_shared_memory(
     replicated = rows if semaphore else int(s["one_shot_rows"])
     widest = max(hidden, heads * head_dim, int(s["intermediate_size"]) // slices)
     group = min(heads // kv_heads, QUERIES)
+    header = header_bytes(rows, int(s["num_slots"]), machine.max_stages) if machine.exact_header else abi.SHARED_HEADER_BYTES
+    needed = max(rows * widest * 2, rows * abi.DRAW_ROW_BYTES)
 
     def place(together: int) -> int:
         """Offsets, if attention takes so many rows of a sequence together. Returns the stages that are left for the ring."""
-        s["attention_rows"] = together
-        offset = abi.SHARED_HEADER_BYTES
+        s["attention_rows"], s["scratch_warps"] = together, 0
+        queries = together * group
+        if _attention_bytes(head_dim, queries, rows) > needed:
+            s["scratch_warps"] = min(abi.CONSUMER_WARPS, abi.STAGE_BYTES // (queries * (head_dim + 2) * 4))
+        offset = header
         for field, size in (
-            ("smem_x", max(rows * widest * 2, rows * abi.DRAW_ROW_BYTES, _attention_bytes(head_dim, together * group, rows))),
+            ("smem_x", max(needed, _attention_bytes(head_dim, queries, rows, int(s["scratch_warps"])))),
             ("smem_part", abi.PART_SLOTS * abi.CONSUMER_WARPS * rows * abi.UNIT_ROWS * 4),
             ("smem_residual", max(replicated * hidden, rows * owned) * 4),
             ("smem_rope", rows * head_dim * 4),
@@ -255,9 +262,14 @@ def _place_shared_memory(
             break
 
 
-def _attention_bytes(head_dim: int, queries: int, rows: int) -> int:
-    """Of what attention keeps in place of the activations: q, the step's k and v, the warps' results."""
-    return head_dim * (2 * queries + 4 * rows) + abi.CONSUMER_WARPS * queries * (head_dim + 2) * 4
+def _attention_bytes(head_dim: int, queries: int, rows: int, scratch_warps: int = 0) -> int:
+    """Of what attention keeps in place of the activations: q, the step's k and v, the results of warps that have no place elsewhere."""
+    return head_dim * (2 * queries + 4 * rows) + (abi.CONSUMER_WARPS - scratch_warps) * queries * (head_dim + 2) * 4
+
+
+def header_bytes(rows: int, slots: int, stages: int) -> int:
+    """What struct Shared takes in a kernel of that many rows, slots and, at most, stages (cuda_src/block.cuh checks it)."""
+    return round_up(512 + 20 * stages + 212 * rows + 512 * -(-rows // 8) + 144 * slots, 128)
 
 
 def _place_symmetric_memory(s) -> None:

@@ -22,6 +22,9 @@ constexpr int kThreads = kNumWarps * LANES;
 // ---------------------------------------------------------------------------------------------- who am I
 // The sizes this kernel was built for: compile-time constants here, fields of a struct in the simulator.
 DEV constexpr Shape shape() { return Shape IMEX_SHAPE; }
+constexpr int kHeldRows = shape().max_rows, kHeldSlots = shape().num_slots,
+              kHeldStages = shape().ring_stages;  // of arrays in shared memory
+constexpr int kHeaderBytes = shape().smem_x;
 DEV int grid_block() { return blockIdx.x; }  // counts the blocks of every rank of this launch
 DEV int warp_index() { return threadIdx.x / LANES; }
 DEV int lane_index() { return threadIdx.x % LANES; }

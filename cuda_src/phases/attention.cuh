@@ -59,21 +59,27 @@ DEV bool find_item(const Block& b, int index, Item& item) {
 // Items are dealt from the last block on: the first ones have one more unit of the matrices around.
 DEV int first_item(const Block& b) { return shape().num_blocks - 1 - b.index; }
 
+DEV int scratch_stages() { return shape().scratch_warps ? 1 : 0; }  // of an item: behind its pages
 DEV void stream_pages(Block& b, Producer& p) {
   if (!runs(Phase::kAttention)) return;
   Item item;
-  for (int i = first_item(b); find_item(b, i, item); i += shape().num_blocks)
+  for (int i = first_item(b); find_item(b, i, item); i += shape().num_blocks) {
     for (int number = item.end_page - 1; number >= item.first_page && !b.waiter.failed; number--)  // the newest first, see `attend`
       push_tile(b, p, kUnitPage, page_at(b, b.waiter.layer, find_page(b, item.row, number), item.kv_head), page_bytes());
+    if (scratch_stages()) push_mark(b, p, kUnitScratch);
+  }
 }
 
 // Where the block keeps an item, in place of the activations: bf16 q [head_dim / 32, queries, 32]; bf16 k and v [in_step, 2, head_dim]
-// of the positions this step brings; float [CONSUMER_WARPS, queries, head_dim + 2] of what the warps merge.
+// of the positions this step brings; float [CONSUMER_WARPS, queries, head_dim + 2] of what the warps merge. Where that is more than the
+// activations take, the first scratch_warps of it are in a stage of the ring that is nobody else's meanwhile: only a few blocks have items,
+// and all would have a stage less.
 DEV char* item_query(const Block& b) { return activations(b); }
 DEV char* item_fresh(const Block& b, const Item& item) { return item_query(b) + item.queries * (int)shape().head_dim * 2; }
-DEV float* item_merge(const Block& b, const Item& item, int warp) {
-  const int dim = shape().head_dim;
-  return (float*)(item_fresh(b, item) + item.in_step * dim * 4) + warp * item.queries * (dim + 2);
+DEV float* item_merge(const Block& b, const Item& item, int warp, int scratch) {
+  const int each = item.queries * ((int)shape().head_dim + 2), away = shape().scratch_warps;
+  float* here = (float*)(item_fresh(b, item) + item.in_step * (int)shape().head_dim * 4);
+  return warp < away ? (float*)ring_stage(b, scratch) + warp * each : here + (warp - away) * each;
 }
 
 // All consumers fetch the item's q and the step's k and v, in one round trip.
@@ -140,12 +146,13 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
   // Pages are here before q is, and what can be done to them is done while q is on its way. A run of at most a chunk a warp that fits the
   // ring is awaited whole, so that each warp then goes straight to its chunk; of a longer one only the newest page, which comes first.
   const int run_pages = item.end_page - item.first_page;
-  const bool whole = run_pages * page_chunks <= kConsumerWarps && run_pages < (int)shape().ring_stages;
+  const int stages = run_pages + scratch_stages();
+  const bool whole = run_pages * page_chunks <= kConsumerWarps && stages < (int)shape().ring_stages;
   const RingCursor begin = b.ring;
   bool here = wait_stage(b);
   if (here && last_chunk / page_chunks == item.end_page - 1 && last_chunk % kConsumerWarps == b.warp)
     clear_tail(b, ring_stage(b, b.ring.stage) + last_chunk % page_chunks * chunk_bytes(), position + 1 - last_chunk * kChunk);
-  ROLLED for (int i = 1; i < run_pages && whole && here; i++) {
+  ROLLED for (int i = 1; i < stages && whole && here; i++) {
     b.ring = ahead(b.ring, 1);
     here = wait_stage(b);
   }
@@ -159,7 +166,7 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
   int passed = 0;  // pages of the run that this warp has left behind
   auto leave_page = [&] {
     release_stage(b);
-    if (++passed < run_pages && !whole) here = wait_stage(b);
+    if (++passed < stages) here = wait_stage(b);
   };
   // The warp's chunks of the run: the newest first, then each kConsumerWarps before it. No two are in one page.
   const int end_chunk = smaller(item.end_page * page_chunks, last_chunk + 1);
@@ -176,14 +183,15 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
     if (completes) fence_async_shared();  // this warp's plain writes to the stage, before a later bulk copy into it
   }
   ROLLED while (!whole && here && passed < run_pages) leave_page();
-  flash_store(flash, item_merge(b, item, b.warp), item.queries);
+  const int scratch = ahead(b.ring, whole ? run_pages : 0).stage;
+  if (here) flash_store(flash, item_merge(b, item, b.warp, scratch), item.queries);
   consumer_sync();
   for (int i = b.thread; i < pairs && !b.waiter.failed; i += kConsumerThreads) {
     const int query = i / (dim / 2), d = i % (dim / 2) * 2, row = item.row + query / item.heads,
               head = item.first_head + query % item.heads;
     float2 part[kConsumerWarps], scale[kConsumerWarps], v = {0.f, 0.f};  // scale: a warp's maximum and sum
     UNROLL for (int w = 0; w < kConsumerWarps; w++) {
-      const float* of = item_merge(b, item, w) + query * (dim + 2);
+      const float* of = item_merge(b, item, w, scratch) + query * (dim + 2);
       part[w] = *(const float2*)(of + d);
       scale[w] = *(const float2*)(of + dim);
     }
@@ -203,7 +211,8 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
       if (d == 0) store_words(to + dim, float_bits(top), float_bits(sum), epoch);
     }
   }
-  if (whole) release_stages(b, run_pages);  // only now: everybody waits for the words above
+  if (b.warp < (int)shape().scratch_warps) fence_async_shared();        // as above
+  if (here) release_stages(b, whole ? stages : scratch_stages());  // only now: everybody waits for the words above
   return true;
 }
 

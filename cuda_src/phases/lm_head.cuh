@@ -18,8 +18,7 @@ DEV Matrix lm_head_matrix(const Block& b, u32 uses) {
           2 * (int)shape().num_layers};
 }
 
-// The best logits that one adder has seen in this step: each lane looks after (row, pair of the unit's outputs) cells.
-constexpr int kCells = kMaxRows * (kUnitRows / 2);
+// The best logits that one adder has seen in this step: each lane looks after cells.
 struct Candidates {
   u64 best[kCells / LANES];
 };

@@ -35,6 +35,8 @@ DEV const Shape& shape() { return sim::machine.shape; }
 DEV int grid_block() { return (int)sim::machine.current->block->index; }
 DEV int warp_index() { return (int)sim::machine.current->thread / LANES; }
 DEV int lane_index() { return LANES == 1 ? 0 : (int)sim::machine.current->lane; }
+constexpr int kHeldRows = kMaxRows, kHeldSlots = kMaxSlots, kHeldStages = kMaxStages;  // one build for all shapes
+constexpr int kHeaderBytes = kSharedHeaderBytes;
 DEV char* shared_memory() { return sim::machine.current->block->shared; }
 DEV u32 shared_address(const void* p) { return (u32)((const char*)p - shared_memory()); }
 

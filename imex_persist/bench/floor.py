@@ -52,6 +52,8 @@ def floor_shape(machine: Machine, ranks_each: int, world_size: int, window: int 
         "hidden_size": 32,
         "intermediate_size": 32,
         "down_slices": 1,
+        "num_slots": 1,
+        "smem_x": abi.SHARED_HEADER_BYTES,
         "smem_ring": abi.SHARED_HEADER_BYTES,
         "smem_bytes": abi.SHARED_HEADER_BYTES + stages * abi.STAGE_BYTES,
         "off_abort": BARRIER_WORDS,

@@ -110,7 +110,7 @@ class CudaDevice:
         # kHz, bits, two transfers a clock
         memory_tb_s = self._attribute("MemoryClockRate") * 1e3 * self._attribute("GlobalMemoryBusWidth") / 8 * 2 / 1e12
         blocks, shared = self._attribute("MultiProcessorCount"), self._attribute("MaxSharedMemoryPerBlockOptin")
-        self.machine = Machine(blocks, shared, memory_tb_s=memory_tb_s)
+        self.machine = Machine(blocks, shared, memory_tb_s=memory_tb_s, exact_header=True)
         self._stream = int(self._rt("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking))
 
     # -------------------------------------------------------------------------------------------- who am I

@@ -33,12 +33,16 @@ class Card:
         return "measured" if self.ceiling_tb_s else "datasheet"
 
 
+def _gpu(num_blocks: int, memory_tb_s: float) -> Machine:
+    return Machine(num_blocks, 232_448, memory_tb_s=memory_tb_s, exact_header=True)
+
+
 CARDS = {
     card.key: card
     for card in (
-        Card("h100", "NVIDIA H100 80GB HBM3", (9, 0), Machine(132, 232_448, memory_tb_s=3.35), 81_559 << 20, 3.35, 3.13, 450.0),
-        Card("h200", "NVIDIA H200", (9, 0), Machine(132, 232_448, memory_tb_s=4.8), 143_771 << 20, 4.8, 4.56, 450.0),
-        Card("b200", "NVIDIA B200", (10, 0), Machine(148, 232_448, memory_tb_s=8.0), 183_359 << 20, 8.0, None, 900.0),
+        Card("h100", "NVIDIA H100 80GB HBM3", (9, 0), _gpu(132, 3.35), 81_559 << 20, 3.35, 3.13, 450.0),
+        Card("h200", "NVIDIA H200", (9, 0), _gpu(132, 4.8), 143_771 << 20, 4.8, 4.56, 450.0),
+        Card("b200", "NVIDIA B200", (10, 0), _gpu(148, 8.0), 183_359 << 20, 8.0, None, 900.0),
     )
 }
 

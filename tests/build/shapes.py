@@ -11,10 +11,10 @@ from imex_persist.planner import Machine, make_shape
 
 # Multiprocessors and opt-in shared memory of a block: H100 and H200, B200, B300, RTX PRO 6000.
 MACHINES = {
-    "sm_90a": Machine(132, 232_448),
-    "sm_100a": Machine(148, 232_448),
-    "sm_103a": Machine(148, 232_448),
-    "sm_120a": Machine(188, 101_376),
+    "sm_90a": Machine(132, 232_448, exact_header=True),
+    "sm_100a": Machine(148, 232_448, exact_header=True),
+    "sm_103a": Machine(148, 232_448, exact_header=True),
+    "sm_120a": Machine(188, 101_376, exact_header=True),
 }
 
 SMOLLM2_135M = ModelConfig(

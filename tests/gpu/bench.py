@@ -40,6 +40,8 @@ def make_shape(**fields: int) -> np.void:
         "num_kv_heads": 2,
         "intermediate_size": 256,
         "down_slices": 1,
+        "num_slots": 1,
+        "smem_x": abi.SHARED_HEADER_BYTES,
         "smem_bytes": 96 * 1024,
     } | fields
     for name, value in given.items():
