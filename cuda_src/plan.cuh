@@ -25,7 +25,6 @@ DEV bool begin_step(Block& b) {
     s.plan[2 * pair] = words[0][0];
     s.plan[2 * pair + 1] = words[0][1];
   }
-  warp_sync();  // lanes without a pair have not waited
   if (!all_well(b)) return false;
   if (b.thread == 0) {
     s.num_rows = s.plan[0] & 0xffff;

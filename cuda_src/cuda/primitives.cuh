@@ -149,11 +149,12 @@ DEV void block_sync() { __syncthreads(); }
 DEV void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 216;"); }
 DEV void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 72;"); }
 DEV void consumer_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumerWarps * LANES) : "memory"); }
-DEV bool consumer_any(bool mine) {  // a barrier, and whether any consumer said yes
+// A barrier, and whether any consumer said yes. The vote brings a warp's lanes together, as an aligned barrier needs them.
+DEV bool consumer_any(bool mine) {
   u32 any;
-  asm volatile("{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.cta.red.or.pred q, 1, %2, p; selp.u32 %0, 1, 0, q; }"
+  asm volatile("{ .reg .pred p, q; setp.ne.u32 p, %1, 0; bar.red.or.pred q, 1, %2, p; selp.u32 %0, 1, 0, q; }"
                : "=r"(any)
-               : "r"((u32)mine), "n"(kConsumerWarps * LANES)
+               : "r"((u32)warp_any(mine)), "n"(kConsumerWarps * LANES)
                : "memory");
   return any;
 }
