@@ -40,10 +40,10 @@ DEV bool prepare(Block& b, bool multiplies) {
   return well;
 }
 
-DEV void multiply(Block& b, Phase phase) {
-  if (phase == Phase::kDownProj && kDownK != kHiddenK) multiply_units<kDownK>(b);
-  else if (phase == Phase::kOProj && kHeadsK != kHiddenK) multiply_units<kHeadsK>(b);
-  else multiply_units<kHiddenK>(b);
+DEV void multiply(Block& b, Phase phase, Group& first) {
+  if (phase == Phase::kDownProj && kDownK != kHiddenK) multiply_units<kDownK>(b, first);
+  else if (phase == Phase::kOProj && kHeadsK != kHiddenK) multiply_units<kHeadsK>(b, first);
+  else multiply_units<kHiddenK>(b, first);
 }
 
 // One step; false when the block must leave.
@@ -56,9 +56,12 @@ DEV bool decode_step(Block& b) {
       const bool multiplies = multiplies_in(phase, b.waiter.layer, b.shared->num_sampling);
       if (phase == Phase::kQkv || phase == Phase::kLmHead) mark_clock(b, Mark::kPair);
       mark(b, Mark::kBegin);
+      const bool normed = phase != Phase::kOProj && phase != Phase::kDownProj && !(phase == Phase::kQkv && b.waiter.layer == 0);
+      Group first = {};
+      if (multiplies) take_ahead(b, first, normed ? norm_stages() : 0);
       if (!prepare(b, multiplies)) return false;
       mark(b, Mark::kReady, multiplies);
-      if (multiplies) multiply(b, phase);
+      if (multiplies) multiply(b, phase, first);
       mark(b, Mark::kEnd, take_tile_clocks(b));
     }
     if (phase == Phase::kQkv && !attention(b)) return false;

@@ -43,13 +43,13 @@ DEV bool semaphore() { return shape().strategy == (u32)Strategy::kSemaphore; }
 DEV bool one_shot(int rows) { return rows <= (int)shape().one_shot_rows; }
 DEV bool replicated(int rows) { return semaphore() || one_shot(rows); }
 DEV bool two_shot() { return shape().strategy == (u32)Strategy::kTwoShot; }
-DEV bool narrow() { return shape().float24_partials; }
+DEV bool wide() { return shape().float24_partials; }
 
 // Slices: pairs of the hidden vector, dealt in equal runs to the blocks of a rank, or of all ranks.
 DEV int num_owners() { return shape().num_blocks * (two_shot() ? shape().world_size : 1); }
 DEV int owned_pairs() {  // two words that travel together have one owner
   const int pairs = shape().hidden_size / 2;
-  return narrow() ? 2 * divide_up(pairs / 2, num_owners()) : divide_up(pairs, num_owners());
+  return wide() ? 2 * divide_up(pairs / 2, num_owners()) : divide_up(pairs, num_owners());
 }
 DEV int owner_index(const Block& b) { return b.index + (two_shot() ? b.params->rank * shape().num_blocks : 0); }
 
@@ -59,10 +59,10 @@ constexpr int kPartGroup = 128;  // PARTIAL_GROUP of planner.py
 DEV int part_width() { return divide_up(shape().hidden_size, kPartGroup) * kPartGroup; }
 DEV int part_index(int n) { return n / kPartGroup * kPartGroup + n / 2 % 2 * (kPartGroup / 2) + n % kPartGroup / 4 * 2; }
 
-// The word of partial sum n of a row; narrow words have a pair each, and a quad's two are neighbours anyway.
+// The word of partial sum n of a row; wide words have a pair each, and a quad's two are neighbours anyway.
 DEV u32 part_word(Exchange x, u32 source, int row, int n) {
   const u32 at = (source * shape().max_rows + row) * part_width();
-  return x.part_offset + (narrow() ? (at + n) / 2 : at + part_index(n));
+  return x.part_offset + (wide() ? (at + n) / 2 : at + part_index(n));
 }
 
 // Sends the partial sums of outputs n and n + 1 of a row to whoever adds them.
@@ -74,8 +74,8 @@ DEV void push_partial(const Block& b, Exchange x, int rows, u32 slice, int row, 
   for (u32 r = to_one ? owner : 0; r < (to_one ? owner + 1 : shape().world_size); r++)
     if (semaphore()) {
       store_global((float2*)(plain_values(b, r, x.part_offset, source, row) + n),
-                   narrow() ? unpack_float24(pack_float24(sum.x, sum.y)) : sum);
-    } else if (narrow()) {
+                   wide() ? unpack_float24(pack_float24(sum.x, sum.y)) : sum);
+    } else if (wide()) {
       store_wide_word(words_of(b, r, at), pack_float24(sum.x, sum.y), epoch);
     } else {
       store_words(words_of(b, r, at), float_bits(sum.x), float_bits(sum.y), epoch);
@@ -95,7 +95,7 @@ DEV void send_unit(const Block& b, Exchange x, int rows, u32 slice, int unit, u3
 // Waits for pairs of words of partial sums, wide ones or tagged ones; use(i, live, first, second) takes their payloads as u64.
 template <class Address, class Source, class Use>
 DEV void gather_partials(Block& b, u32 epoch, int count, Address address, Source source, Use use) {
-  if (narrow()) gather_batches<8, u64>(b, epoch, count, address, source, use);
+  if (wide()) gather_batches<8, u64>(b, epoch, count, address, source, use);
   else
     gather_batches<8, u32>(b, epoch, count, address, source,
                            [&](int i, bool live, u32 first, u32 second) { use(i, live, (u64)first, (u64)second); });
@@ -105,7 +105,7 @@ DEV void gather_partials(Block& b, u32 epoch, int count, Address address, Source
 // Returns the squares that put_residual does.
 DEV float receive_whole(Block& b, Exchange x, u32 epoch, bool weighs) {
   const int quads = shape().hidden_size / 4, per_row = quads_per_thread(quads);
-  const int parts = narrow() ? 1 : 2, loads = parts * num_sources(x);  // of a quad: each source's, two words each
+  const int parts = wide() ? 1 : 2, loads = parts * num_sources(x);  // of a quad: each source's, two words each
   float sum[4] = {0.f, 0.f, 0.f, 0.f}, squares = 0.f;
   gather_partials(
       b, epoch, num_rows(b) * per_row * loads,
@@ -117,7 +117,7 @@ DEV float receive_whole(Block& b, Exchange x, u32 epoch, bool weighs) {
     return (u32)(i % loads / parts) / x.slices; },
       [&](int i, bool live, u64 first, u64 second) {
     const bool start = i % loads < parts;
-    if (narrow()) {
+    if (wide()) {
       const float2 low = unpack_float24(first), high = unpack_float24(second);
       const float v[4] = {low.x, low.y, high.x, high.y};
   UNROLL for (int j = 0; j < 4; j++) sum[j] = (start ? 0.f : sum[j]) + v[j];
@@ -145,10 +145,10 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
     float2 sum = {0.f, 0.f};
     gather_partials(
         b, epoch, num_sources(x),
-        [&](int i) { return own_words(b, part_word(x, i, row, 2 * held) & ~1u); },  // of a pair of narrow words one is this thread's
+        [&](int i) { return own_words(b, part_word(x, i, row, 2 * held) & ~1u); },  // of a pair of wide words one is this thread's
         [&](int i) { return (u32)i / x.slices; },
         [&](int, bool live, u64 low, u64 high) {
-          const float2 v = narrow() ? unpack_float24(held % 2 ? high : low) : float2{bits_float((u32)low), bits_float((u32)high)};
+          const float2 v = wide() ? unpack_float24(held % 2 ? high : low) : float2{bits_float((u32)low), bits_float((u32)high)};
           if (live) sum.x += v.x, sum.y += v.y;
         });
     if (first + b.lane >= total || pair >= pairs || b.waiter.failed) continue;

@@ -1,9 +1,10 @@
-// Epochs have 32 bits. Before they would wrap, every renew_steps steps, all words are zeroed and epochs begin again: nothing of the steps
-// before can match, and no server has to be started anew because it has run for days.
+// Epochs have 32 bits, of which wide words carry 16. Before what the narrowest word carries would wrap, every renew_steps steps, all words are
+// zeroed and epochs begin again: nothing of the steps before can match, and a server may run for ever.
 //
 // Between two steps all blocks of all ranks meet, zero their share of their own rank's memory, and meet again. Why this is enough:
 //   - a block comes to the first meeting when it has passed `sample` and its barrier: it has read all it will ever read of the step, and
-//     whatever it sent has been read by somebody who is at the meeting too, or is on the way there. So nobody stores or awaits a word
+//     whatever it sent has been read by somebody who is at the meeting too, or is on the way there, or will not be read at all (entries behind
+//     a list's head, logits of rows that do not sample): its fence before its word of the first meeting keeps such a store before the zeros. So nobody stores or awaits a word
 //     of the zeroed buffers while they are zeroed. Plans, and what travels beside them, are not zeroed: the mailbox is ahead, and steps end
 //     before their epochs wrap (mailbox.cuh);
 //   - a block stores words of the next step after the second meeting, and they must not be overtaken by another's zeros. Words order
@@ -17,7 +18,7 @@ namespace imex {
 
 DEV bool renews(u32 step) { return (step + 1) % shape().renew_steps == 0; }
 
-// All consumers; true when the block must leave. A call with plain numbers: it runs once in hours and must not cost the step a register.
+// All consumers; true when the block must leave. A call with plain numbers: it runs seldom and must not cost the step a register.
 DEV_CALL bool renew_words(const RankParams* params, u32 index, u32 thread, u32 step) {
   const u32 blocks = shape().num_blocks, sources = shape().world_size * blocks;
   Waiter waiter = {params, shape().num_layers, Phase::kSample, false};

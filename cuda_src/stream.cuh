@@ -172,13 +172,34 @@ DEV void hand_over_mark(Block& b, int mark) {  // to each adder
 // warps work on the same tiles, so what one of them waits for, all do; hence tiles go in groups of two, and a warp takes its share of the
 // next group into registers before it multiplies the last one's.
 constexpr int kGroup = 2;
+struct Group {
+  Share share[kGroup];
+  bool taken;
+};
+DEV int tiles_of_unit(int k) { return divide_up(k, kTileK); }
+DEV int tiles_of_group(int k) { return smaller(tiles_of_unit(k), group_tiles()); }  // the last may be smaller
+// The phase's first group, `skip` stages from the cursor, taken while the activations are still on their way: weights need not wait for them.
+// The stages are given back by multiply_units. Nothing is taken where a share is activations too, or when the block must leave.
+DEV void take_ahead(Block& b, Group& first, int skip) {
+  const int k = matrix_k(b.waiter.phase), count = tiles_of_group(k);
+  first.taken = false;
+  if (!weights_alone(k)) return;
+  const RingCursor begin = b.ring;
+  b.ring = ahead(b.ring, skip);
+  if (wait_stages(b, count) && b.shared->unit[b.ring.stage] != kUnitEnd) {
+    UNROLL for (int i = 0; i < kGroup; i++)
+      if (i < count) share_load(first.share[i], ring_stage(b, ahead(b.ring, i).stage), Operand<32>{}, activations(b), i, k / 32, b.warp, 0);
+    first.taken = true;
+  }
+  b.ring = begin;
+}
 template <int K>
-DEV void multiply_units(Block& b) {
-  const int k = K ? K : matrix_k(b.waiter.phase), rows = num_rows(b), tiles = divide_up(k, kTileK);
-  const int width = smaller(tiles, group_tiles()), groups = divide_up(tiles, width);  // of a group, the last may be smaller
+DEV void multiply_units(Block& b, Group& first) {
+  const int k = K ? K : matrix_k(b.waiter.phase), rows = num_rows(b), tiles = tiles_of_unit(k);
+  const int width = tiles_of_group(k), groups = divide_up(tiles, width);
   Operand<K> operand;
   operand_load(operand, activations(b), b.warp, rows);
-  Share share[2][kGroup];  // in turn; the indices are constants
+  Share second[kGroup];  // `first` and `second` in turn
   int unit = kUnitEnd;
   u32 units = b.num_units;  // the number of the next unit to be taken
   auto size = [&](int group) { return (int)smaller(width, tiles - group * width); };
@@ -192,9 +213,14 @@ DEV void multiply_units(Block& b) {
     if (group == 0) unit = b.shared->unit[b.ring.stage], units++;
     return true;
   };
-  if (!wait_stage(b)) return;
-  if (b.shared->unit[b.ring.stage] == kUnitEnd) return release_stage(b);
-  if (!take(share[0], 0)) return;
+  if (first.taken) {
+    unit = b.shared->unit[b.ring.stage];
+    if (!mbar_wait_warp(b.waiter, Wait::kPartial, false, free_slot(b, units++))) return;
+  } else {
+    if (!wait_stage(b)) return;
+    if (b.shared->unit[b.ring.stage] == kUnitEnd) return release_stage(b);
+    if (!take(first.share, 0)) return;
+  }
   release_stages(b, size(0));
   auto run = [&](Share (&even)[kGroup], Share (&odd)[kGroup]) {  // a unit, whose first group is in `even`; false after the last
     const int now = unit & ~kLastUnit;
@@ -226,8 +252,8 @@ DEV void multiply_units(Block& b) {
     if (groups % 2) return end(even, odd);
     return advance(even, odd, groups - 2, groups - 1) && end(odd, even);
   };
-  while (run(share[0], share[1]))
-    if (groups % 2 && !run(share[1], share[0])) return;
+  while (run(first.share, second))
+    if (groups % 2 && !run(second, first.share)) return;
 }
 
 // Walks over the stages of a matrix K wide without multiplying: what the producer prefetched for a step that never came.

@@ -100,7 +100,8 @@ def make_shape(
     s["world_size"], s["num_blocks"] = world_size, num_blocks
     s["max_rows"], s["num_slots"] = max_rows, num_slots
     epochs_per_step = max(config.num_hidden_layers + 2, abi.SEARCH_ROUNDS)
-    epoch_bits = 16 if float24_partials else 32  # what the narrowest word has of an epoch (cuda_src/words.cuh)
+    wide = float24_partials and strategy != abi.Strategy.SEMAPHORE
+    epoch_bits = 16 if wide else 32  # what the narrowest word has of an epoch (cuda_src/words.cuh)
     s["renew_steps"] = 1 << epoch_bits - epochs_per_step.bit_length()  # most that leave every epoch below that
     s["page_size"], s["pages_per_slot"] = page, pages_per_slot
     s["num_pages"] = num_pages if num_pages is not None else pages_per_slot * num_slots
@@ -228,7 +229,7 @@ def _place_shared_memory(
     if one_shot_rows is None:
         one_shot_rows = min(rows, ONE_SHOT_WORDS // (hidden * world * slices))
     s["one_shot_rows"] = min(rows, one_shot_rows)
-    owned = 16 * -(-(hidden // 16) // blocks)  # values of the residual that a slice owner keeps, at most
+    owned = 4 * -(-(hidden // 4) // blocks)  # values of the residual that a slice owner keeps, at most
     replicated = rows if semaphore else int(s["one_shot_rows"])
     widest = max(hidden, heads * head_dim, int(s["intermediate_size"]) // slices)
     group = min(heads // kv_heads, QUERIES)

@@ -27,11 +27,14 @@ DEV int group_tiles() {
 // Few rows: lane (column, quarter) has of row column % 4 the k pairs 0 and 2 (columns 0-3) or 1 and 3 of its quarter of a chunk. Else all four
 // of row `column`, and of row column + 8.
 constexpr int kPairs = kFew ? 2 : kStepRows <= 8 ? 4 : 8;
+constexpr int kMaxHeldK = 4 * kTileK;
 template <int K>
 struct Operand {
-  static constexpr bool kHeld = kFew && K <= 4 * kTileK;
+  static constexpr bool kHeld = kFew && K <= kMaxHeldK;
   u32 x[kHeld ? (K + kTileK - 1) / kTileK : 1][kShareChunks][kPairs];
 };
+// Whether a warp's share of a tile is weights only, so that it can be loaded before the activations are there.
+DEV bool weights_alone(int k) { return kFew && k <= kMaxHeldK; }
 // What one warp multiplies of a tile, in registers.
 struct Share {
   uint4 w[kShareChunks];        // lane (n, quarter) of a chunk: k pairs 0-3 of output row n, at k = 8 * quarter

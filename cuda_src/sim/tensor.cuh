@@ -16,6 +16,7 @@ template <int K>
 struct Operand {};
 template <int K>
 DEV void operand_load(Operand<K>&, const char*, int, int) {}
+DEV bool weights_alone(int k) { return shape().max_rows <= 4 && k <= 4 * kTileK; }
 // What one warp multiplies of a tile. The weights are read when they are taken, as on a GPU; the activations stay where they are.
 struct Share {
   char w[kShareChunks][kShareBytes];

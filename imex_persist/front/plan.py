@@ -184,7 +184,9 @@ def _kernel(config: EngineConfig, model: ModelConfig, shape: np.void, card: Card
 def _rows(config: EngineConfig, model: ModelConfig, card: Card, rows: int, max_model_len: int) -> dict:
     sizes = {"world_size": config.tensor_parallel_size, "max_rows": rows, "max_model_len": max_model_len}
     try:
-        shape = planner.make_shape(model, **sizes, machine=card.machine, strategy=config.strategy)
+        shape = planner.make_shape(
+            model, **sizes, machine=card.machine, strategy=config.strategy, float24_partials=config.exchange_dtype == "float24"
+        )
     except ValueError as error:
         return {"rows": rows, "fits": False, "why_not": str(error)}
     exchanged = config.tensor_parallel_size > 1
@@ -207,15 +209,15 @@ def _exchange(shape: np.void) -> dict | None:
     sums = int(shape["hidden_size"]) * 4
     times = [exchange_us(strategy, nbytes, world) for nbytes in (sums, sums * slices)]
     known = None not in times
-    # a tagged word carries 4 bytes in 8; a slice owner in another rank (TWO_SHOT) takes less, by its own rule
-    words = None if strategy == "TWO_SHOT" else 2 * (world - 1) * (sums + sums * slices) * layers
+    # a wide word carries two sums in 8 bytes, a tagged one one; a slice owner in another rank (TWO_SHOT) takes less, by its own rule
+    words = (world - 1) * (sums + sums * slices) * layers * (1 if shape["float24_partials"] else 2)
     return {
         "strategy": strategies.describe(shape, "planned"),
         "decode_strategy": strategy,
         "exchanges_per_token": 2 * layers,
         "o_proj_bytes": sums,
         "down_proj_bytes": sums * slices,
-        "nvlink_bytes_per_token": words,
+        "nvlink_bytes_per_token": None if strategy == "TWO_SHOT" else words,
         "o_proj_us": times[0],
         "down_proj_us": times[1],
         "ms_per_token": layers * sum(times) / 1e3 if known else None,

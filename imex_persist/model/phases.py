@@ -5,7 +5,8 @@ every activation is the row of the step. Padding columns are zero throughout, so
 and a rank's part.
 
 Rounding points (docs/architecture.md): the residual is float32 and never rounded; the norm's input, its product with the norm's
-weights, q, k, v, the attention output and the FFN activation are rounded to bfloat16; partial sums and logits are not.
+weights, q, k, v, the attention output and the FFN activation are rounded to bfloat16; partial sums and logits are not (of a partial
+sum the kernel exchanges 16 significant bits, unless exchange_dtype is float32).
 `Precision(rounding=False, dtype=np.float64)` is the same math without any rounding.
 """
 

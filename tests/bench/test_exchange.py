@@ -91,9 +91,9 @@ BUGS = [
         by="all-gather",
     ),
     Mutation(
-        "narrow_slices_of_odd_pairs",
-        "a pair of narrow words has two owners, and one of them never gets the other's half",
-        (("exchange.cuh", "return narrow() ? 2 * divide_up(pairs / 2, num_owners()) : ", "return "),),
+        "wide_slices_of_odd_pairs",
+        "a pair of wide words has two owners, and one of them never gets the other's half",
+        (("exchange.cuh", "return wide() ? 2 * divide_up(pairs / 2, num_owners()) : ", "return "),),
         by="TWO_SHOT float24",
     ),
 ]

@@ -100,7 +100,7 @@ class Subject:
         """On a machine of one rank's blocks."""
         return planner.make_shape(
             self.config, world_size=self.world_size, max_rows=self.max_rows, num_slots=min(8, self.max_rows),
-            max_model_len=MAX_MODEL_LEN, machine=machine, tap=True,
+            max_model_len=MAX_MODEL_LEN, machine=machine, tap=True, float24_partials=True,
         )  # fmt: skip
 
     def tokens(self, length: int, salt: int = 0) -> list[int]:

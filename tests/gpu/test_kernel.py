@@ -39,14 +39,14 @@ def built(request):
     from imex_persist.device.cuda import CudaDevice
 
     device = CudaDevice(capable_gpus()[0][0])
-    arch, shared = device.arch, device.machine.shared_memory_bytes
+    arch, machine = device.arch, device.machine
     device.close()
     shapes = {}
     for item in request.session.items:
         if item.path == request.path:
             params = getattr(item, "callspec", None)
             for case, options in item.function.kernels(**(params.params if params else {})):
-                shape = case.shape(shared, **options)
+                shape = case.shape(machine, **options)
                 shapes[shape.tobytes()] = shape.dtype
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for future in [pool.submit(compile_kernel, shape, dtype, arch) for shape, dtype in shapes.items()]:

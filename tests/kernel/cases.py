@@ -71,12 +71,14 @@ class Case:
     def page_size(self) -> int:
         return planner.page_size_of(planner.round_up(self.config.head_dim, 32))
 
-    def shape(self, shared_memory_bytes: int = planner.H100_SHARED_BYTES, **more) -> np.void:
-        """The abi.Shape on a machine of this case's blocks; `more` are make_shape's options."""
+    def shape(self, machine: Machine | None = None, *, renew_steps: int | None = None, **more) -> np.void:
+        """The abi.Shape on `machine`, with this case's blocks; epochs begin again after `renew_steps`; `more` are make_shape's options."""
         pages = self.options["num_slots"] * -(-self.options["max_model_len"] // self.page_size)
-        machine = Machine(self.num_blocks, shared_memory_bytes)
+        machine = replace(machine or Machine(), num_blocks=self.num_blocks)
         # one page more than the slots can hold: whoever reads what nobody wrote finds it there (phase_run.py)
-        return planner.make_shape(self.config, machine=machine, num_pages=pages + 1, **(self.options | more))
+        shape = planner.make_shape(self.config, machine=machine, num_pages=pages + 1, **(self.options | more))
+        shape["renew_steps"] = renew_steps or shape["renew_steps"]
+        return shape
 
     def with_layers(self, least: int) -> Case:
         """This case with at least so many layers."""

@@ -52,7 +52,7 @@ class FlatModel:
     ):
         self.case = flat_case(len(logits), world_size, rows)
         device = make_device(BLOCKS)
-        shape = self.case.shape(device.machine.shared_memory_bytes, tap=True)
+        shape = self.case.shape(device.machine, tap=True)
         shape["renew_steps"] = renew_steps or shape["renew_steps"]
         self.run = KernelRun(device, self.case.config, flat_weights(self.case, np.asarray(logits, np.float32)), shape)
         self.decode([{"prompt": [0], "max_tokens": 1}])

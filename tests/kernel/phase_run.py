@@ -39,7 +39,7 @@ class PhaseRun:
         device = make_device(case.num_blocks)
         self.case, self.config = case, case.config
         self.source = source or DummyWeights(case.config, case.seed)
-        self.shape = case.shape(device.machine.shared_memory_bytes, **options)
+        self.shape = case.shape(device.machine, **options)
         self.run = KernelRun(device, case.config, self.source, self.shape)
         self.device, self.ranks = device, range(self.run.world)
         self.models = [RankModel(self.source, case.config, self.shape, r, FLOAT64) for r in self.ranks]

@@ -217,17 +217,17 @@ def test_strategies_agree(make_device, index):
         same_bits(first, run, f"{Strategy(run.shape['strategy']).name} above {run.shape['one_shot_rows']} rows")
 
 
-def narrow_ways(index: int) -> list[tuple[Case, dict]]:
+def rounded_ways(index: int) -> list[tuple[Case, dict]]:
     """Partial sums exchanged with 24 bits."""
     return [(case, options | {"float24_partials": True}) for case, options in ways(index)]
 
 
 @SOME_MODELS
-@uses(narrow_ways)
+@uses(rounded_ways)
 def test_strategies_agree_on_rounded_sums(make_device, index):
     """Rounding comes before the exchange, so it is the same whoever adds; and it is little."""
     one = [{"prompt": prompt_of(MODELS[index], MODELS[index].options["max_rows"] + 1), "max_tokens": 4}]
-    first, *others = [run_whole(make_device, case, one, **options) for case, options in narrow_ways(index)]
+    first, *others = [run_whole(make_device, case, one, **options) for case, options in rounded_ways(index)]
     for run in others:
         same_bits(first, run, f"{Strategy(run.shape['strategy']).name} above {run.shape['one_shot_rows']} rows")
     exact = run_whole(make_device, ways(index)[0][0], [one[0] | {"max_tokens": 1}], tap=True).logits()[0]
@@ -235,6 +235,26 @@ def test_strategies_agree_on_rounded_sums(make_device, index):
         0
     ]
     assert np.abs(rounded - exact).max() < 0.02 * exact.std()
+
+
+def renewals(index: int) -> list[tuple[Case, dict]]:
+    """Epochs that begin again: hardly ever, every other step, every step. Wide words have but 16 bits of them."""
+    return [
+        (MODELS[index], {"tap": True, "float24_partials": True} | more) for more in ({}, {"renew_steps": 2}, {"renew_steps": 1})
+    ]
+
+
+@pytest.mark.parametrize("index", (0, 2))
+@uses(renewals)
+def test_epochs_begin_again(make_device, index):
+    """Whatever steps before have left in rows that a step does not have, nothing of it is taken for this step's."""
+    rows = MODELS[index].options["max_rows"]
+    two = [{"prompt": prompt_of(MODELS[index], n), "max_tokens": 5} for n in (rows + 1, 1)]
+    first, *others = [
+        run_whole(make_device, case, two[: case.options["num_slots"]], **options) for case, options in renewals(index)
+    ]
+    for run in others:
+        assert run.tokens == first.tokens, f"epochs of {run.shape['renew_steps']} steps"
 
 
 def grids(index: int) -> list[tuple[Case, dict]]:

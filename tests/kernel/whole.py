@@ -99,7 +99,7 @@ def run_whole(make_device, case: Case, requests: list[dict], *, source=None, dev
     """Runs `requests` to their ends on pages full of garbage, and checks what the kernel told the host about them."""
     device = make_device(case.num_blocks, **(device_options or {}))
     source = source or DummyWeights(case.config, case.seed)
-    run = KernelRun(device, case.config, source, case.shape(device.machine.shared_memory_bytes, **options))
+    run = KernelRun(device, case.config, source, case.shape(device.machine, **options))
     rng = np.random.default_rng(case.seed)
     for rank in run.ranks:  # nobody may read what nobody wrote
         device.upload(rank.kv, 0, garbage(rng, rank.kv.nbytes // 2))
