@@ -149,7 +149,10 @@ DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, in
     for (int p = 0; p < kChunk; p++) m = score[h][p] > m || score[h][p] != score[h][p] ? score[h][p] : m;
     for (int p = 0; p < kChunk; p++) score[h][p] = fast_exp(score[h][p] - m);
     for (int p = 0; p < kChunk; p++) sum += score[h][p];
-    for (int p = 0; p < kChunk; p++) (p % 2 ? odd : even)[p / 2] = bits_float(round_bf16(score[h][p]) << 16);
+    for (int p = 0; p < kChunk; p += 2) {
+      even[p / 2] = bits_float(round_bf16(score[h][p]) << 16);
+      odd[p / 2] = bits_float(round_bf16(score[h][p + 1]) << 16);
+    }
     memcpy(&weight[h].even, even, 64);
     memcpy(&weight[h].odd, odd, 64);
     const float keep = fast_exp(f.max[h] - m);

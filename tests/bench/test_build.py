@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from imex_persist.bench.exchange import VARIANTS
+from imex_persist.bench.exchange import SOURCE, VARIANTS
 from imex_persist.bench.floor import WINDOWS, floor_shape
 from imex_persist.bench.probe import kernel_source
 from imex_persist.device import nvrtc, sources
@@ -19,7 +19,7 @@ def test_exchange(arch, variant):
     """The loads that are polled are in flight together: none goes through local memory."""
     for hidden, rows in ((2048, 1), (2048, 4)):
         shape = shape_of(variant, 2, hidden=hidden, rows=rows, machine=MACHINES[arch])
-        build = nvrtc.compile_kernel(shape, arch, kernel_source(variant.source))
+        build = nvrtc.compile_kernel(shape, arch, kernel_source(SOURCE))
         spilled = {name: found for name, found in build.resources.items() if found.spills}
         assert not spilled and ".local" not in build.ptx
 

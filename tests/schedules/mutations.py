@@ -60,7 +60,7 @@ BLOCK = (
     gone("attention_without_barrier", "an item takes the place of activations still being read", "phases/attention.cuh",
          SYNC + "  // the activations have been read: the item takes their place\n"),
     one("merge_without_barrier", "warps' results are merged before all are there", "phases/attention.cuh",
-        "item_merge(b, item, b.warp), item.queries);\n" + SYNC, "item_merge(b, item, b.warp), item.queries);"),
+        "item_merge(b, item, b.warp, scratch), item.queries);\n" + SYNC, "item_merge(b, item, b.warp, scratch), item.queries);"),
     one("norm_sums_put_early", "sums of squares are overwritten before words of every slice say that adders have read them", "exchange.cuh",
         "  float squares = 0.f;\n  if (semaphore())", "  float squares = 0.f;\n  if (weighs) put_row_sum(b, 0, 0.f);\n  if (semaphore())"),
     gone("receive_without_barrier", "the next activations overwrite the last phase's", "exchange.cuh",
