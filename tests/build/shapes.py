@@ -58,7 +58,8 @@ class Case:
         """(shape, rows): as many of the rows as that GPU's shared memory holds beside a ring."""
         for rows in range(self.max_rows, 0, -1):
             try:
-                return make_shape(self.config, world_size=self.world_size, max_rows=rows, machine=MACHINES[arch]), rows
+                sizes = {"world_size": self.world_size, "max_rows": rows, "float24_partials": True}
+                return make_shape(self.config, **sizes, machine=MACHINES[arch]), rows
             except ValueError:
                 if rows == 1:
                     raise
