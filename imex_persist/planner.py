@@ -15,7 +15,7 @@ from imex_persist import abi
 
 MAX_USEFUL_STAGES = 14  # more do not fit beside a model's activations
 MIN_STAGES = 4
-ONE_SHOT_WORDS = 8192  # words a block can read in one shot before a slice owner is faster (docs/performance.md)
+ONE_SHOT_SUMS = 8192  # partial sums, a word each or two, that a block can add in one shot before a slice owner is faster
 LONG_UNIT_TILES = 7  # a unit of down_proj that is longer should be cut (docs/performance.md)
 SHORT_LAYER_US = 16.0  # of reading a layer's weights: below it two tiles in flight are better (docs/performance.md)
 LATENCY_US = 1.1  # of a bulk copy from memory that others are using too
@@ -161,10 +161,10 @@ def _finer_slices_help(s) -> bool:
     the single hop of its exchange, and not where every block adds all sources in every step."""
     slices, world, rows = int(s["down_slices"]), int(s["world_size"]), int(s["max_rows"])
     tiles, words = int(s["intermediate_size"]) / slices / abi.TILE_K, int(s["hidden_size"]) * world * slices
-    if words <= ONE_SHOT_WORDS < 2 * words:
+    if words <= ONE_SHOT_SUMS < 2 * words:
         return False
     whole = s["strategy"] == abi.Strategy.SEMAPHORE or s["one_shot_rows"] == rows
-    crosses = world > 1 and 2 * words > ONE_SHOT_WORDS  # a slice's partial sums cost the links as much as a rank's
+    crosses = world > 1 and 2 * words > ONE_SHOT_SUMS  # a slice's partial sums cost the links as much as a rank's
     gathers_less = rows > abi.FEW_ROWS and not whole and not crosses and s["num_blocks"] >= 16 * slices and tiles >= 2
     return tiles > LONG_UNIT_TILES or gathers_less
 
@@ -227,7 +227,7 @@ def _place_shared_memory(
     if (one_shot_rows is None or semaphore) and strategy is not None:  # asked for by name
         one_shot_rows = rows if strategy == abi.Strategy.ONE_SHOT else 0
     if one_shot_rows is None:
-        one_shot_rows = min(rows, ONE_SHOT_WORDS // (hidden * world * slices))
+        one_shot_rows = min(rows, ONE_SHOT_SUMS // (hidden * world * slices))
     s["one_shot_rows"] = min(rows, one_shot_rows)
     owned = 4 * -(-(hidden // 4) // blocks)  # values of the residual that a slice owner keeps, at most
     replicated = rows if semaphore else int(s["one_shot_rows"])
