@@ -46,6 +46,12 @@ DEV void multiply(Block& b, Phase phase, Group& first) {
   else multiply_units<kHiddenK>(b, first);
 }
 
+// Stages of norm's weights that stand before a phase's first unit; layer 0's are `embed`'s, which has given them back.
+DEV int stages_before(Phase phase, u32 layer) {
+  const bool normed = phase == Phase::kQkv ? layer > 0 : phase == Phase::kGateUp || phase == Phase::kLmHead;
+  return normed ? norm_stages() : 0;
+}
+
 // One step; false when the block must leave.
 DEV bool decode_step(Block& b) {
   if (!embed(b)) return false;
@@ -56,9 +62,8 @@ DEV bool decode_step(Block& b) {
       const bool multiplies = multiplies_in(phase, b.waiter.layer, b.shared->num_sampling);
       if (phase == Phase::kQkv || phase == Phase::kLmHead) mark_clock(b, Mark::kPair);
       mark(b, Mark::kBegin);
-      const bool normed = phase != Phase::kOProj && phase != Phase::kDownProj && !(phase == Phase::kQkv && b.waiter.layer == 0);
-      Group first = {};
-      if (multiplies) take_ahead(b, first, normed ? norm_stages() : 0);
+      Group first = {};  // zeroed: what is not known to be dead the compiler keeps while words are gathered, in local memory
+      if (multiplies) take_ahead(b, first, stages_before(phase, b.waiter.layer));
       if (!prepare(b, multiplies)) return false;
       mark(b, Mark::kReady, multiplies);
       if (multiplies) multiply(b, phase, first);

@@ -174,7 +174,7 @@ DEV void hand_over_mark(Block& b, int mark) {  // to each adder
 constexpr int kGroup = 2;
 struct Group {
   Share share[kGroup];
-  bool taken;
+  bool taken = false;
 };
 DEV int tiles_of_unit(int k) { return divide_up(k, kTileK); }
 DEV int tiles_of_group(int k) { return smaller(tiles_of_unit(k), group_tiles()); }  // the last may be smaller
@@ -182,11 +182,10 @@ DEV int tiles_of_group(int k) { return smaller(tiles_of_unit(k), group_tiles());
 // The stages are given back by multiply_units. Nothing is taken where a share is activations too, or when the block must leave.
 DEV void take_ahead(Block& b, Group& first, int skip) {
   const int k = matrix_k(b.waiter.phase), count = tiles_of_group(k);
-  first.taken = false;
   if (!weights_alone(k)) return;
   const RingCursor begin = b.ring;
   b.ring = ahead(b.ring, skip);
-  if (wait_stages(b, count) && b.shared->unit[b.ring.stage] != kUnitEnd) {
+  if (wait_stage(b) && b.shared->unit[b.ring.stage] != kUnitEnd && wait_stages(b, count)) {  // behind the mark nothing may come
     UNROLL for (int i = 0; i < kGroup; i++)
       if (i < count) share_load(first.share[i], ring_stage(b, ahead(b.ring, i).stage), Operand<32>{}, activations(b), i, k / 32, b.warp, 0);
     first.taken = true;
