@@ -165,7 +165,7 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
 // the phase multiplies, times the norm's weights, and with its sums of squares. All consumers; false when the block must leave.
 DEV bool receive(Block& b, Exchange x, u32 epoch, bool multiplies) {
   consumer_sync();  // the phase before has read the activations
-  mark(b, Mark::kMet);
+  mark(b, Mark::kMet, take_tile_clocks(b));
   const bool weighs = multiplies && open_norm(b);
   float squares = 0.f;
   if (semaphore()) {

@@ -65,7 +65,7 @@ DEV void gather_quads(Block& b, u32 epoch, const u64* words, int row_stride, int
 // and meet at a barrier. False when the block must leave.
 DEV bool gather_activations(Block& b, u32 epoch, const u64* words, int row_stride, int count) {
   consumer_sync();  // the phase before has read what stood there
-  mark(b, Mark::kMet);
+  mark(b, Mark::kMet, take_tile_clocks(b));
   gather_quads(b, epoch, words, row_stride, count / 2, [&](int row, int quad, bool live, u64 v) {
     if (live) put_quad(b, row, quad, v);
   });

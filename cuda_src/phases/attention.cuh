@@ -66,7 +66,7 @@ DEV void stream_pages(Block& b, Producer& p) {
   for (int i = first_item(b); find_item(b, i, item); i += shape().num_blocks) {
     for (int number = item.end_page - 1; number >= item.first_page && !b.waiter.failed; number--)  // the newest first, see `attend`
       push_tile(b, p, kUnitPage, page_at(b, b.waiter.layer, find_page(b, item.row, number), item.kv_head), page_bytes());
-    if (scratch_stages()) push_mark(b, p, kUnitScratch);
+    if (scratch_stages() && !b.waiter.failed) push_mark(b, p, kUnitScratch);
   }
 }
 

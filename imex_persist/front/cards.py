@@ -56,7 +56,7 @@ EXCHANGE_US = {
 
 def exchange_us(strategy: str, nbytes: int, world_size: int) -> float | None:
     """µs of one exchange of `nbytes` of partial sums, between the sizes that were measured; None where nothing was."""
-    if world_size != 2 or nbytes > 128 * 1024:
+    if world_size != 2 or nbytes > 128 * 1024 or strategy not in EXCHANGE_US:
         return None
     sizes = EXCHANGE_US[strategy]
     kb = max(nbytes / 1024, min(sizes))

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from imex_persist import abi, planner
-from imex_persist.config import EngineConfig
+from imex_persist.config import DEFAULT_MAX_NUM_SEQS, EngineConfig
 from imex_persist.front import settings
 from imex_persist.front.cards import CARDS, CONTEXT_BYTES, Card, choose_card, exchange_us
 from imex_persist.model import packing
@@ -182,7 +182,8 @@ def _kernel(config: EngineConfig, model: ModelConfig, shape: np.void, card: Card
 
 
 def _rows(config: EngineConfig, model: ModelConfig, card: Card, rows: int, max_model_len: int) -> dict:
-    sizes = {"world_size": config.tensor_parallel_size, "max_rows": rows, "max_model_len": max_model_len}
+    slots = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS
+    sizes = {"world_size": config.tensor_parallel_size, "max_rows": rows, "num_slots": slots, "max_model_len": max_model_len}
     try:
         shape = planner.make_shape(
             model, **sizes, machine=card.machine, strategy=config.strategy, float24_partials=config.exchange_dtype == "float24"
@@ -208,9 +209,14 @@ def _exchange(shape: np.void) -> dict | None:
     strategy = strategies.strategy_of(shape, 1)
     sums = int(shape["hidden_size"]) * 4
     times = [exchange_us(strategy, nbytes, world) for nbytes in (sums, sums * slices)]
+    if not shape["float24_partials"]:
+        times = [None, None]
     known = None not in times
-    # a wide word carries two sums in 8 bytes, a tagged one one; a slice owner in another rank (TWO_SHOT) takes less, by its own rule
-    words = (world - 1) * (sums + sums * slices) * layers * (1 if shape["float24_partials"] else 2)
+    of = "" if shape["float24_partials"] else " and float32"
+    # a wide word carries two sums in 8 bytes, a tagged one one, and SEMAPHORE's values are plain, with a signal for each eight of them; a
+    # slice owner in another rank (TWO_SHOT) takes less, by its own rule
+    each = 1.25 if strategy == "SEMAPHORE" else 1 if shape["float24_partials"] else 2
+    words = round((world - 1) * (sums + sums * slices) * layers * each)
     return {
         "strategy": strategies.describe(shape, "planned"),
         "decode_strategy": strategy,
@@ -221,7 +227,7 @@ def _exchange(shape: np.void) -> dict | None:
         "o_proj_us": times[0],
         "down_proj_us": times[1],
         "ms_per_token": layers * sum(times) / 1e3 if known else None,
-        "source": f"measured alone on two {CARDS['h200'].name}s" if known else f"not measured for {world} ranks",
+        "source": f"measured alone on two {CARDS['h200'].name}s" if known else f"not measured for {world} ranks{of}",
     }
 
 

@@ -76,7 +76,7 @@ def phase_rows(trace: Trace, paths: list[Path], ceiling_gbs: float | None) -> li
                 "bytes": sizes[phase],
                 "gbs": sizes[phase] / us / 1e3 if us > 0 else 0.0,
                 "ceiling_gbs": ceiling_gbs,
-                "wait_tiles_us": float(s["tiles"].sum()) / steps / blocks,
+                "wait_tiles_us": float(s["tiles"].sum() + s["ahead"].sum()) / steps / blocks,
                 "wait_words_us": words,
                 "wait_peers_us": peers,
             }

@@ -96,6 +96,16 @@ def test_exchange_times_are_only_claimed_where_measured(folder, capsys):
     assert exchange_us("ONE_SHOT", 1, 2) == 1.27 and exchange_us("ONE_SHOT", 1 << 20, 2) is None
 
 
+@pytest.mark.parametrize(("variable", "value", "more"), [("EXCHANGE_DTYPE", "float32", 2), ("EXCHANGE", "SEMAPHORE", 1.25)])
+def test_of_other_exchanges_no_time_is_claimed(folder, capsys, monkeypatch, variable, value, more):
+    usual = planned(capsys, folder("1b"), "--tp", "2", "--gpu", "h200")["exchange"]
+    monkeypatch.setenv(f"IMEX_{variable}", value)
+    other = planned(capsys, folder("1b"), "--tp", "2", "--gpu", "h200")["exchange"]
+    assert other["ms_per_token"] is None and "not measured" in other["source"]
+    sums = lambda e: e["o_proj_bytes"] + e["down_proj_bytes"]  # noqa: E731  down_proj's slices may differ
+    assert other["nvlink_bytes_per_token"] / sums(other) == more * usual["nvlink_bytes_per_token"] / sums(usual)
+
+
 def test_the_text(folder, capsys):
     assert main(["plan", folder("8b"), "--tp", "2", "--gpu", "b200", "--context", "1000"]) == 0
     out = capsys.readouterr().out

@@ -13,9 +13,15 @@ from imex_persist.abi import Phase, Strategy
 from imex_persist.model.bf16 import to_bits, to_float32
 
 from . import tolerance
-from .cases import CASES, NUM_CASES, Case, exchange_of, only, uses
+from .cases import CASES, NUM_CASES, Case, Chunk, exchange_of, model, only, uses
 from .phase_run import PhaseRun
 from .tolerance import Bounded, check
+
+WIDE = Case(
+    "wide", 1, model(hidden_size=1088, head_dim=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64, vocab_size=40),
+    20, (Chunk(0, 3, 1, True),),
+    {"max_rows": 1, "num_slots": 1, "max_model_len": 256, "strategy": Strategy.ONE_SHOT_LOCAL, "one_shot_rows": 0, "down_slices": 1},
+)  # fmt: skip
 
 
 def every_case(phase: Phase):
@@ -56,9 +62,7 @@ def test_embed(make_device, index):
         np.testing.assert_array_equal(p.run.tap_of(rank, Phase.EMBED)[: p.rows], expected)
 
 
-@every_case(Phase.QKV)
-def test_qkv(make_device, index):
-    p = make_run(make_device, index, Phase.QKV)
+def check_qkv(p: PhaseRun) -> None:
     residual = p.put_partials("off_down_part", p.size("down_slices"), p.epoch - 1)
     p.launch()
     check_sums(p, "off_down_sum", residual, p.epoch - 1)
@@ -69,6 +73,18 @@ def test_qkv(make_device, index):
         expected = tolerance.rotated(y, p.rope, heads + kv_heads)
         got = p.get_bf16(rank, "off_qkv", (heads + 2 * kv_heads) * dim)
         check(f"qkv of rank {rank}", got, expected, "bfloat16")
+
+
+@every_case(Phase.QKV)
+def test_qkv(make_device, index):
+    check_qkv(make_run(make_device, index, Phase.QKV))
+
+
+@uses(lambda: [only(WIDE, Phase.QKV)])
+def test_a_block_without_a_unit(make_device):
+    """Units of two tiles go in groups of two, but behind the mark of a block that has none there is no second stage to wait for."""
+    case, options = only(WIDE, Phase.QKV)
+    check_qkv(PhaseRun(make_device, case, **options))
 
 
 @every_case(Phase.ATTENTION)
