@@ -6,8 +6,8 @@ namespace imex {
 
 constexpr int kConsumerThreads = kConsumerWarps * LANES;
 constexpr int kHeldPlanWords = kPlanHeaderWords + kPlanRowWords * kHeldRows;
-constexpr int kCells =
-    (kHeldRows * (kUnitRows / 2) + LANES - 1) / LANES * LANES;  // (row, pair of a unit's outputs), in whole warps
+// Cells (row, pair of a unit's outputs), in whole warps.
+constexpr int kCells = (kHeldRows * (kUnitRows / 2) + LANES - 1) / LANES * LANES;
 constexpr int kMailboxBytes = 256 + 144 * kHeldSlots + 40 * kHeldRows;
 
 // One row of the step: a position of a sequence, and the token that stands there.
@@ -65,8 +65,8 @@ constexpr int kLastUnit = 1 << 30;  // set in the number of the block's last uni
 constexpr int kUnitEnd = -1;        // a phase without a unit for this block; to the adders: the LM head is done
 constexpr int kUnitNorm = -2;       // RMSNorm weights
 constexpr int kUnitPage = -3;       // a KV page
-constexpr int kUnitScratch = -5;    // nothing: attention's own until it gives the stage back
 constexpr int kUnitExit = -4;       // the adders leave
+constexpr int kUnitScratch = -5;    // nothing: attention's own until it gives the stage back
 
 // A position in the ring, kept by everyone who walks it.
 struct RingCursor {

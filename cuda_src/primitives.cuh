@@ -6,7 +6,9 @@
 
 namespace imex {
 constexpr float kMinusInfinity = -1e30f;  // of masked scores: finite, so that differences of two stay numbers
-}
+template <class Payload>
+constexpr int kBitsOfPayload = sizeof(Payload) == 4 ? 32 : 48;  // of a tagged word; of a wide one (words.cuh)
+}  // namespace imex
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #include "cuda/primitives.cuh"

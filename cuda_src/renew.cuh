@@ -3,10 +3,10 @@
 //
 // Between two steps all blocks of all ranks meet, zero their share of their own rank's memory, and meet again. Why this is enough:
 //   - a block comes to the first meeting when it has passed `sample` and its barrier: it has read all it will ever read of the step, and
-//     whatever it sent has been read by somebody who is at the meeting too, or is on the way there, or will not be read at all (entries behind
-//     a list's head, logits of rows that do not sample): its fence before its word of the first meeting keeps such a store before the zeros. So nobody stores or awaits a word
-//     of the zeroed buffers while they are zeroed. Plans, and what travels beside them, are not zeroed: the mailbox is ahead, and steps end
-//     before their epochs wrap (mailbox.cuh);
+//     whatever it sent has been read by somebody who is at the meeting too, or is on the way there, or nobody will read it: entries behind
+//     a list's head, logits of rows that do not sample. Of those its fence before its word of the first meeting says that they are stored
+//     before the zeros. So nobody stores or awaits a word of the zeroed buffers while they are zeroed. Plans, and what travels beside them,
+//     are not zeroed: the mailbox is ahead, and steps end before their epochs wrap (mailbox.cuh);
 //   - a block stores words of the next step after the second meeting, and they must not be overtaken by another's zeros. Words order
 //     nothing but themselves, so: zeros, consumer barrier, fence.acq_rel.sys, the word; the word, fence.acq_rel.sys, barrier, the store;
 //   - the two meetings have words of their own: who is late at the first must still find what others have overwritten at the second.

@@ -179,7 +179,8 @@ struct Group {
 DEV int tiles_of_unit(int k) { return divide_up(k, kTileK); }
 DEV int tiles_of_group(int k) { return smaller(tiles_of_unit(k), group_tiles()); }  // the last may be smaller
 // The phase's first group, `skip` stages from the cursor, taken while the activations are still on their way: weights need not wait for them.
-// The stages are given back by multiply_units. Nothing is taken where a share is activations too, or when the block must leave.
+// The stages are given back by multiply_units. Nothing is taken where a share is activations too, or when the block must leave. Stages before
+// them are not awaited yet, but all were in the lap before: `skip` is 1 at most where anything is taken, and a ring has four stages.
 DEV void take_ahead(Block& b, Group& first, int skip) {
   const int k = matrix_k(b.waiter.phase), count = tiles_of_group(k);
   if (!weights_alone(k)) return;

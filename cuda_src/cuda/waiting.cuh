@@ -20,8 +20,6 @@ DEV bool aborted(const RankParams* params);  // has anybody given up?
 DEV void stand_still(u32 ns) {
   for (const u64 began = timer_ns(); timer_ns() - began < ns;) {}
 }
-template <class Payload>
-constexpr int kBitsOfPayload = sizeof(Payload) == 4 ? 32 : 48;  // tagged words, wide words
 constexpr u32 kPollsPerCheck = 256;  // the abort word and the clock are looked at this seldom, off the fast path
 
 // Waits until the words at address(0) .. address(count - 1) and their right neighbours all carry `epoch`; payloads in `out`, of u32 for

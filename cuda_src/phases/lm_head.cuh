@@ -18,7 +18,7 @@ DEV Matrix lm_head_matrix(const Block& b, u32 uses) {
           2 * (int)shape().num_layers};
 }
 
-// The best logits that one adder has seen in this step: each lane looks after cells.
+// The best logits that one adder has seen in this step: each lane looks after cells lane, lane + LANES, …
 struct Candidates {
   u64 best[kCells / LANES];
 };

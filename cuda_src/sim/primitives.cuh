@@ -213,8 +213,6 @@ DEV_CALL bool park_once(Waiter& w, sim::Park how, sim::WaitNote& note) {
 }
 
 DEV bool warp_any(bool v);
-template <class Payload>
-constexpr int kBitsOfPayload = sizeof(Payload) == 4 ? 32 : 48;  // tagged words, wide words
 template <int N, bool kTogether = false, class Address, class Source, class Payload>
 DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source,
                     Payload (&out)[N][2]) {

@@ -96,9 +96,7 @@ def options(shape: np.void, arch: str) -> list[str]:
         "--ptxas-options=-v",  # registers and spills, for `resources`
         f"-DIMEX_SHAPE={abi_render.shape_initializer(shape)}",
         *(["-lineinfo"] if os.environ.get("IMEX_LINE_INFO") else []),  # for compute-sanitizer and profilers
-        *(
-            ["-DIMEX_EVERYBODY_ARRIVES"] if os.environ.get("IMEX_EVERYBODY_ARRIVES") else []
-        ),  # for racecheck (cuda_src/block.cuh)
+        *(["-DIMEX_EVERYBODY_ARRIVES"] if os.environ.get("IMEX_EVERYBODY_ARRIVES") else []),  # for racecheck, see block.cuh
     ]
 
 

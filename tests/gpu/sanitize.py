@@ -116,8 +116,8 @@ def main() -> int:
         raise SystemExit(f"this needs a GPU: {why}")
     sanitizer, tests = find_tool(), chosen_tests(args.cases)
     folder, end, bad = Path(tempfile.mkdtemp(prefix="imex-sanitize-")), time.monotonic() + 60 * args.minutes, 0
-    for tool in args.tools:  # what has to be compiled
-        subprocess.run(pytest_command(tests), cwd=ROOT, env=environment(tool), stdout=subprocess.DEVNULL)
+    for build in {frozenset(environment(tool).items()) for tool in args.tools}:  # what has to be compiled
+        subprocess.run(pytest_command(tests), cwd=ROOT, env=dict(build), stdout=subprocess.DEVNULL)
     for i, tool in enumerate(args.tools):
         began = time.monotonic()
         verdict, unknown, last = run(tool, sanitizer, tests, folder, max(10.0, (end - began) / (len(args.tools) - i)))

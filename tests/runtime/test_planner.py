@@ -40,7 +40,7 @@ def test_attention_has_room_for_every_warp(name, rows):
 
 
 def test_an_exact_header_and_attention_in_the_ring_leave_room_for_a_stage_more():
-    """By more than a stage, with a header for one row and slot: on a GPU, whose kernel is built for the shape."""
+    """Than a header for any shape, where a GPU's kernel is built for one row and slot."""
     for model, stages in ((LLAMA_3_2_1B, 13), (LLAMA_3_1_8B, 12)):
         exact, any_shape = (planner.make_shape(model, machine=machine) for machine in (GPU, planner.Machine()))
         assert exact["ring_stages"] == stages > any_shape["ring_stages"]

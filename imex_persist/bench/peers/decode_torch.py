@@ -33,9 +33,8 @@ def _decode(config: ModelConfig, context: int, rows: int, mode: str) -> dict:
     position = torch.full((1,), context, dtype=torch.long, device="cuda")
     with torch.inference_mode():
         decode = model.decode
-        if (
-            mode == "compile"
-        ):  # captured like the other: mode="reduce-overhead" gives up CUDA graphs where a step writes to its KV cache
+        if mode == "compile":
+            # Captured like the other: mode="reduce-overhead" gives up CUDA graphs, since a step writes to its KV cache.
             torch._dynamo.reset()
             decode = torch.compile(model.decode, fullgraph=True)
         step = captured(lambda: tokens.copy_(decode(tokens, position)))
