@@ -63,10 +63,9 @@ static_assert(sizeof(Shared) <= kHeaderBytes, "raise header_bytes in planner.py,
 
 constexpr int kLastUnit = 1 << 30;  // set in the number of the block's last unit of a phase
 constexpr int kUnitEnd = -1;        // a phase without a unit for this block; to the adders: the LM head is done
-constexpr int kUnitNorm = -2;       // RMSNorm weights
-constexpr int kUnitPage = -3;       // a KV page
-constexpr int kUnitExit = -4;       // the adders leave
-constexpr int kUnitScratch = -5;    // nothing: attention's own until it gives the stage back
+constexpr int kUnitPage = -2;       // a KV page
+constexpr int kUnitExit = -3;       // the adders leave
+constexpr int kUnitScratch = -4;    // nothing: attention's own until it gives the stage back
 
 // A position in the ring, kept by everyone who walks it.
 struct RingCursor {

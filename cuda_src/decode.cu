@@ -18,7 +18,7 @@ namespace imex {
 
 // What the matrix phase at b.waiter multiplies with: the residual, after the exchange that completes it, times the norm's weights; or
 // another phase's words. Where it does not multiply, o_proj's exchange alone is taken in. False when the block must leave.
-DEV bool prepare(Block& b, bool multiplies) {
+DEV bool prepare(Block& b, bool multiplies, const Norm& norm) {
   const Phase phase = b.waiter.phase;
   const u32 epoch = layer_epoch(b.step, b.waiter.layer);
   bool well = true;  // calls of their own: with constant sizes each is shorter than one for all with divisions
@@ -32,9 +32,9 @@ DEV bool prepare(Block& b, bool multiplies) {
     well = gather_activations(b, epoch, own_words(b, shape().off_gate + slice_of(b) * width), shape().intermediate_size / 2,
                               width);
   } else if (phase == Phase::kGateUp) {
-    well = receive(b, o_exchange(), epoch, multiplies);
+    well = receive(b, norm, o_exchange(), epoch);
   } else if (b.waiter.layer > 0) {  // layer 0 starts from what `embed` left
-    well = receive(b, down_exchange(), epoch - 1, multiplies);
+    well = receive(b, norm, down_exchange(), epoch - 1);
   }
   if (well) mark(b, Mark::kInput, take_word_clocks(b));
   return well;
@@ -44,12 +44,6 @@ DEV void multiply(Block& b, Phase phase, Group& first) {
   if (phase == Phase::kDownProj && kDownK != kHiddenK) multiply_units<kDownK>(b, first);
   else if (phase == Phase::kOProj && kHeadsK != kHiddenK) multiply_units<kHeadsK>(b, first);
   else multiply_units<kHiddenK>(b, first);
-}
-
-// Stages of norm's weights that stand before a phase's first unit; layer 0's are `embed`'s, which has given them back.
-DEV int stages_before(Phase phase, u32 layer) {
-  const bool normed = phase == Phase::kQkv ? layer > 0 : phase == Phase::kGateUp || phase == Phase::kLmHead;
-  return normed ? norm_stages() : 0;
 }
 
 // One step; false when the block must leave.
@@ -63,8 +57,10 @@ DEV bool decode_step(Block& b) {
       if (phase == Phase::kQkv || phase == Phase::kLmHead) mark_clock(b, Mark::kPair);
       mark(b, Mark::kBegin);
       Group first = {};  // zeroed: what is not known to be dead the compiler keeps while words are gathered, in local memory
-      if (multiplies) take_ahead(b, first, stages_before(phase, b.waiter.layer));
-      if (!prepare(b, multiplies)) return false;
+      Norm norm;
+      if (multiplies && phase != Phase::kOProj && phase != Phase::kDownProj) load_norm(b, norm, phase, b.waiter.layer);
+      if (multiplies) take_ahead(b, first);
+      if (!prepare(b, multiplies, norm)) return false;
       mark(b, Mark::kReady, multiplies);
       if (multiplies) multiply(b, phase, first);
       mark(b, Mark::kEnd, take_tile_clocks(b));
@@ -111,9 +107,7 @@ DEV void produce(Block& b) {
     ROLLED for (b.waiter.phase = Phase::kQkv; !b.waiter.failed; next_matrix(b.waiter)) {
       const Phase phase = b.waiter.phase;
       if (runs(phase) && multiplies_in(phase, b.waiter.layer, p.num_sampling)) {
-        const Matrix m = matrix_of(b, p);
-        if (m.norm >= 0) push_norm(b, p, m.norm);
-        push_units(b, p, m);
+        push_units(b, p, matrix_of(b, p));
       }
       if (phase == Phase::kLmHead) break;
       if (phase != Phase::kQkv) continue;

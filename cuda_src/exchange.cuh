@@ -103,7 +103,7 @@ DEV void gather_partials(Block& b, u32 epoch, int count, Address address, Source
 
 // A block's whole part in ONE_SHOT: adds every source's words to the replicated residual and puts it, rounded, among the activations.
 // Returns the squares that put_residual does.
-DEV float receive_whole(Block& b, Exchange x, u32 epoch, bool weighs) {
+DEV float receive_whole(Block& b, const Norm& norm, Exchange x, u32 epoch) {
   const int quads = shape().hidden_size / 4, per_row = quads_per_thread(quads);
   const int parts = wide() ? 1 : 2, loads = parts * num_sources(x);  // of a quad: each source's, two words each
   float sum[4] = {0.f, 0.f, 0.f, 0.f}, squares = 0.f;
@@ -128,8 +128,9 @@ DEV float receive_whole(Block& b, Exchange x, u32 epoch, bool weighs) {
           s1 = (start ? 0.f : s1) + bits_float((u32)second);
         }
         if (i % loads < loads - 1) return;
-        const int item = i / loads, row = item / per_row, quad = quad_of(b, item % per_row);
-        squares += add_to_residual(b, row, quad, {sum[0], sum[1], sum[2], sum[3]}, live && is_quad(quad, quads), weighs);
+        const int item = i / loads, row = item / per_row, mine = item % per_row;
+        const bool exists = live && is_quad(quad_of(b, mine), quads);
+        squares += add_to_residual(b, norm, row, mine, {sum[0], sum[1], sum[2], sum[3]}, exists);
       });
   return squares;
 }
@@ -162,25 +163,24 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
 }
 
 // Takes in the exchange of `epoch`: adds it to the residual and leaves the residual, rounded to bf16, as the activations of every row; if
-// the phase multiplies, times the norm's weights, and with its sums of squares. All consumers; false when the block must leave.
-DEV bool receive(Block& b, Exchange x, u32 epoch, bool multiplies) {
+// a product follows, times the norm's weights, and with its sums of squares. All consumers; false when the block must leave.
+DEV bool receive(Block& b, const Norm& norm, Exchange x, u32 epoch) {
   consumer_sync();  // the phase before has read the activations
   mark(b, Mark::kMet, take_tile_clocks(b));
-  const bool weighs = multiplies && open_norm(b);
   float squares = 0.f;
   if (semaphore()) {
     if (!await_signals(b, x.part_offset, num_sources(x), epoch)) return false;
-    squares = add_plain_values(b, x.part_offset, num_sources(x), weighs);
+    squares = add_plain_values(b, norm, x.part_offset, num_sources(x));
   } else if (one_shot(num_rows(b))) {
-    squares = receive_whole(b, x, epoch, weighs);
+    squares = receive_whole(b, norm, x, epoch);
   } else {
     receive_slice(b, x, epoch);
     mark(b, Mark::kSum, take_word_clocks(b));
     gather_quads(
         b, epoch, own_words(b, x.sum_offset), shape().hidden_size / 2, shape().hidden_size / 4,
-        [&](int row, int quad, bool live, u64 v) { squares += put_residual(b, row, quad, v, live, weighs); });
+        [&](int row, int i, bool live, u64 v) { squares += put_residual(b, norm, row, i, v, live); });
   }
-  return end_residual(b, weighs, squares);
+  return end_residual(b, norm, squares);
 }
 
 // Puts a value of the residual where `receive` will look for it: outputs n .. n + 3 of a row. `embed` starts every step with it.

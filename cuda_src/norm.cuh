@@ -1,5 +1,5 @@
 // RMSNorm that nobody waits for. (x / rms(x) ∘ w) W is (x ∘ w) W / rms(x): consumers multiply with x ∘ w as soon as x is there, and the
-// adders divide the results by rms(x), whose sum of squares has arrived by then. The weights w come through the ring like any other.
+// adders divide the results by rms(x), whose sum of squares has arrived by then. The weights w are in registers before x is.
 #pragma once
 #include "stream.cuh"
 #include "words.cuh"
@@ -12,28 +12,18 @@ DEV float quad_squares(u64 quad) {
   return v0 * v0 + v1 * v1 + (v2 * v2 + v3 * v3);
 }
 
-constexpr int kStageQuads = kStageBytes / 8;
-DEV int norm_stages() { return divide_up(shape().hidden_size / 4, kStageQuads); }
-
-// Waits for the norm's weights, at the cursor; they stay until `close_norm`. Whole warps; false when the block must leave.
-DEV bool open_norm(Block& b) {
-  const RingCursor begin = b.ring;
-  bool here = true;
-  ROLLED for (int i = 0; i < norm_stages() && here; i++, b.ring = ahead(b.ring, 1)) here = wait_stage(b);
-  b.ring = begin;
-  return here;
-}
-DEV void close_norm(Block& b) {
-  ROLLED for (int i = 0; i < norm_stages(); i++) release_stage(b);
-}
-// The norm's weights for a quad.
-DEV u64 norm_weights(const Block& b, int quad) {
-  int stage = b.ring.stage;
-  if (norm_stages() > 1) {
-    stage += quad / kStageQuads;
-    if (stage >= (int)shape().ring_stages) stage -= shape().ring_stages;
-  }
-  return ((const u64*)ring_stage(b, stage))[quad % kStageQuads];
+// The weights of an RMSNorm, bf16, for this thread's quads of a row (quad_of).
+struct Norm {
+  EarlyQuads weights;
+  bool weighs = false;  // false: the residual goes on as it is, since no product follows
+};
+// Asks for the weights of the norm before a matrix phase; they come while the thread waits for words.
+DEV void load_norm(const Block& b, Norm& norm, Phase phase, u32 layer) {
+  const int quads = shape().hidden_size / 4;
+  const u64 index = phase == Phase::kQkv ? 2 * layer : phase == Phase::kGateUp ? 2 * layer + 1 : 2 * shape().num_layers;
+  const u64* from = (const u64*)b.params->norms + index * quads;
+  UNROLL for (int i = 0; i < quads_per_thread(quads); i++) ask_early(norm.weights, i, from + held_quad(quad_of(b, i), quads));
+  norm.weighs = true;
 }
 // A quad times its weights, rounded.
 DEV u64 weigh(u64 v, u64 weights) {
@@ -44,21 +34,21 @@ DEV u64 weigh(u64 v, u64 weights) {
 // for each quad, all of it fetched in every layer: a second pass, `weigh_rows`, is shorter.
 DEV bool weighs_at_once() { return shape().max_rows == 1; }
 
-// Puts a quad of the rounded residual, if it is `live`, among the activations. In a kernel that weighs at once, returns its squares.
-DEV float put_residual(Block& b, int row, int quad, u64 v, bool live, bool weighs) {
-  u64 put = v;
-  if (weighs_at_once() && weighs && live) put = weigh(v, norm_weights(b, quad));
-  if (live) put_quad(b, row, quad, put);
+// Puts the thread's quad number `i` of the rounded residual, if it is `live`, among the activations. In a kernel that weighs at once, returns
+// its squares.
+DEV float put_residual(Block& b, const Norm& norm, int row, int i, u64 v, bool live) {
+  const bool weighs = weighs_at_once() && norm.weighs;
+  if (live) put_quad(b, row, quad_of(b, i), weighs ? weigh(v, early_quad(norm.weights, i)) : v);
   return weighs_at_once() && live ? quad_squares(v) : 0.f;
 }
 // The same after it was added to the replicated residual.
-DEV float add_to_residual(Block& b, int row, int quad, float4 sum, bool live, bool weighs) {
-  float4* r = (float4*)(residual(b) + row * shape().hidden_size) + quad;
+DEV float add_to_residual(Block& b, const Norm& norm, int row, int i, float4 sum, bool live) {
+  float4* r = (float4*)(residual(b) + row * shape().hidden_size) + quad_of(b, i);
   float4 now = make_float4(0.f, 0.f, 0.f, 0.f);
   if (live) now = *r;
   now = make_float4(now.x + sum.x, now.y + sum.y, now.z + sum.z, now.w + sum.w);
   if (live) *r = now;
-  return put_residual(b, row, quad, (u64)pack_bf16(now.z, now.w) << 32 | pack_bf16(now.x, now.y), live, weighs);
+  return put_residual(b, norm, row, i, (u64)pack_bf16(now.z, now.w) << 32 | pack_bf16(now.x, now.y), live);
 }
 
 // One set of sums of squares is enough. An adder reads a phase's before it sends its first word of that phase; a warp puts new ones only
@@ -78,34 +68,32 @@ DEV void put_row_sum(Block& b, int row, float sum) {
 }
 // Weighs the activations, which are the rounded residual, each thread the quads that it put there itself, and sums up their squares. Four
 // rows at a time, their loads before the stores: the compiler cannot know that a store leaves what is loaded next alone.
-DEV void weigh_rows(Block& b) {
+DEV void weigh_rows(Block& b, const Norm& norm) {
   constexpr int kAtOnce = 4;
   const int quads = shape().hidden_size / 4, rows = num_rows(b);
   ROLLED for (int first = 0; first < rows; first += kAtOnce) {
     auto row = [&](int i) { return (int)smaller(first + i, rows - 1); };  // beyond the last the last again, in vain
     float squares[kAtOnce] = {};
-    for (int i = 0; i < quads_per_thread(quads); i++) {
+    UNROLL for (int i = 0; i < quads_per_thread(quads); i++) {
       const int quad = quad_of(b, i);
       if (!is_quad(quad, quads)) continue;
       u64 v[kAtOnce];
       UNROLL for (int j = 0; j < kAtOnce; j++) v[j] = *quad_at(b, row(j), quad);
-      const u64 weights = norm_weights(b, quad);
       UNROLL for (int j = 0; j < kAtOnce; j++) {
         squares[j] += quad_squares(v[j]);
-        v[j] = weigh(v[j], weights);
+        v[j] = weigh(v[j], early_quad(norm.weights, i));
       }
       UNROLL for (int j = 0; j < kAtOnce; j++) *quad_at(b, row(j), quad) = v[j];
     }
     UNROLL for (int j = 0; j < kAtOnce; j++) put_row_sum(b, row(j), squares[j]);
   }
 }
-// The end of a residual's way into the activations: `squares` are this thread's of a row that was weighed at once. Gives the norm's weights
-// back, and meets; of one row the sum comes after that, since no other warp needs to wait for it. False when the block must leave.
-DEV bool end_residual(Block& b, bool weighs, float squares) {
-  if (weighs && !weighs_at_once()) weigh_rows(b);
-  if (weighs) close_norm(b);
+// The end of a residual's way into the activations, which is a barrier: `squares` are this thread's of a row that was weighed at once. Of one
+// row the sum comes after the barrier, since no other warp needs to wait for it. False when the block must leave.
+DEV bool end_residual(Block& b, const Norm& norm, float squares) {
+  if (norm.weighs && !weighs_at_once()) weigh_rows(b, norm);
   if (!all_well(b)) return false;
-  if (weighs && weighs_at_once()) put_row_sum(b, 0, squares);
+  if (norm.weighs && weighs_at_once()) put_row_sum(b, 0, squares);
   return true;
 }
 // An adder's part: 1 / rms of every row, once a phase, after a unit of it was handed over by all warps.

@@ -45,17 +45,19 @@ DEV bool await_signals(Block& b, u32 part, u32 sources, u32 epoch) {
 }
 
 // Adds every source's values to the replicated residual, and returns the squares, as receive_whole does.
-DEV float add_plain_values(Block& b, u32 part, u32 sources, bool weighs) {
-  const int quads = shape().hidden_size / 4, rows = num_rows(b);
+DEV float add_plain_values(Block& b, const Norm& norm, u32 part, u32 sources) {
+  const int quads = shape().hidden_size / 4, per_row = quads_per_thread(quads);
   float squares = 0.f;
-  for (int row = 0; row < rows; row++)
-    for (int quad = b.thread; quad < quads; quad += kConsumerThreads) {
+  for (int row = 0; row < num_rows(b); row++)
+    for (int i = 0; i < per_row; i++) {
+      const int quad = quad_of(b, i);
+      if (!is_quad(quad, quads)) continue;
       float4 sum = {0.f, 0.f, 0.f, 0.f};
       for (u32 s = 0; s < sources; s++) {
         const float4 v = load_global((const float4*)plain_values(b, b.params->rank, part, s, row) + quad);
         sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
       }
-      squares += add_to_residual(b, row, quad, sum, true, weighs);
+      squares += add_to_residual(b, norm, row, i, sum, true);
     }
   return squares;
 }

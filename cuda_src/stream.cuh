@@ -67,7 +67,6 @@ struct Matrix {
   int index, num_blocks;  // among so many blocks units are dealt, and this one is number `index`
   u32* counter;           // of claims
   u32 uses;               // of the counter before this one
-  int norm;               // number of the RMSNorm before it, -1: none
 };
 DEV int dealt_rounds(const Matrix& m) {
   const int rounds = m.units / m.num_blocks;
@@ -100,11 +99,6 @@ DEV void push_units(Block& b, Producer& p, const Matrix& m) {
     push_unit(b, p, m, unit, next < m.units ? 0 : kLastUnit);
     unit = next;
   }
-}
-DEV void push_norm(Block& b, Producer& p, u32 index) {  // weights of RMSNorm number `index` of the model
-  const u32 bytes = shape().hidden_size * 2;
-  const char* from = (const char*)b.params->norms + (u64)index * bytes;
-  for (u32 at = 0; at < bytes; at += kStageBytes) push_tile(b, p, kUnitNorm, from + at, smaller(kStageBytes, bytes - at));
 }
 
 // Counters of this step: [step parity][layer][qkv, o_proj, gate_up, down_proj's slices] and the LM head's.
@@ -174,24 +168,21 @@ DEV void hand_over_mark(Block& b, int mark) {  // to each adder
 constexpr int kGroup = 2;
 struct Group {
   Share share[kGroup];
-  bool taken = false;
+  int unit = kUnitEnd;  // whose first group it is; kUnitEnd: nothing was taken
 };
 DEV int tiles_of_unit(int k) { return divide_up(k, kTileK); }
 DEV int tiles_of_group(int k) { return smaller(tiles_of_unit(k), group_tiles()); }  // the last may be smaller
-// The phase's first group, `skip` stages from the cursor, taken while the activations are still on their way: weights need not wait for them.
-// The stages are given back by multiply_units. Nothing is taken where a share is activations too, or when the block must leave. Stages before
-// them are not awaited yet, but all were in the lap before: `skip` is 1 at most where anything is taken, and a ring has four stages.
-DEV void take_ahead(Block& b, Group& first, int skip) {
+// The phase's first group, taken while the activations are still on their way: weights need not wait for them, and the stream may go on
+// by as many stages. Nothing is taken where a share is activations too, or when the block must leave.
+DEV void take_ahead(Block& b, Group& first) {
   const int k = matrix_k(b.waiter.phase), count = tiles_of_group(k);
-  if (!weights_alone(k)) return;
-  const RingCursor begin = b.ring;
-  b.ring = ahead(b.ring, skip);
-  if (wait_stage(b) && b.shared->unit[b.ring.stage] != kUnitEnd && wait_stages(b, count)) {  // behind the mark nothing may come
-    UNROLL for (int i = 0; i < kGroup; i++)
-      if (i < count) share_load(first.share[i], ring_stage(b, ahead(b.ring, i).stage), Operand<32>{}, activations(b), i, k / 32, b.warp, 0);
-    first.taken = true;
-  }
-  b.ring = begin;
+  if (!weights_alone(k) || !wait_stage(b)) return;
+  const int unit = b.shared->unit[b.ring.stage];
+  if (unit == kUnitEnd || !wait_stages(b, count)) return;  // behind the mark nothing may come
+  UNROLL for (int i = 0; i < kGroup; i++)
+    if (i < count) share_load(first.share[i], ring_stage(b, ahead(b.ring, i).stage), Operand<32>{}, activations(b), i, k / 32, b.warp, 0);
+  first.unit = unit;
+  release_stages(b, count);
 }
 template <int K>
 DEV void multiply_units(Block& b, Group& first) {
@@ -200,7 +191,7 @@ DEV void multiply_units(Block& b, Group& first) {
   Operand<K> operand;
   operand_load(operand, activations(b), b.warp, rows);
   Share second[kGroup];  // `first` and `second` in turn
-  int unit = kUnitEnd;
+  int unit = first.unit;
   u32 units = b.num_units;  // the number of the next unit to be taken
   auto size = [&](int group) { return (int)smaller(width, tiles - group * width); };
   auto take = [&](Share (&to)[kGroup], int group) {  // the stages at the cursor, which hold this group of a unit
@@ -213,15 +204,14 @@ DEV void multiply_units(Block& b, Group& first) {
     if (group == 0) unit = b.shared->unit[b.ring.stage], units++;
     return true;
   };
-  if (first.taken) {
-    unit = b.shared->unit[b.ring.stage];
+  if (unit != kUnitEnd) {
     if (!mbar_wait_warp(b.waiter, Wait::kPartial, false, free_slot(b, units++))) return;
   } else {
     if (!wait_stage(b)) return;
     if (b.shared->unit[b.ring.stage] == kUnitEnd) return release_stage(b);
     if (!take(first.share, 0)) return;
+    release_stages(b, size(0));
   }
-  release_stages(b, size(0));
   auto run = [&](Share (&even)[kGroup], Share (&odd)[kGroup]) {  // a unit, whose first group is in `even`; false after the last
     const int now = unit & ~kLastUnit;
     Accum acc;
@@ -261,7 +251,6 @@ DEV void skip_units(Block& b, int k) {
   for (int tile = 1; wait_stage(b);) {
     const int unit = b.shared->unit[b.ring.stage];
     release_stage(b);
-    if (unit == kUnitNorm) continue;
     if (unit == kUnitEnd || (tile++ % divide_up(k, kTileK) == 0 && unit & kLastUnit)) return;
   }
 }

@@ -47,7 +47,7 @@ DEV int held_quad(int quad, int quads) { return is_quad(quad, quads) ? quad : qu
 DEV u64* quad_at(const Block& b, int row, int quad) { return (u64*)(activations(b) + activation_offset(row, 4 * quad)); }
 DEV void put_quad(Block& b, int row, int quad, u64 v) { *quad_at(b, row, quad) = v; }
 
-// Hands this thread's quads of every row, bf16 in words `row_stride` a row, to put(row, quad, live, value).
+// Hands this thread's quads of every row, bf16 in words `row_stride` a row, to put(row, i, live, value): its quad number i.
 template <class Put>
 DEV void gather_quads(Block& b, u32 epoch, const u64* words, int row_stride, int quads, Put put) {
   const int per_row = quads_per_thread(quads);
@@ -56,8 +56,8 @@ DEV void gather_quads(Block& b, u32 epoch, const u64* words, int row_stride, int
       [&](int i) { return words + i / per_row * row_stride + 2 * held_quad(quad_of(b, i % per_row), quads); },
       [&](int) { return b.params->rank; },
       [&](int i, bool live, u32 first, u32 second) {
-        const int quad = quad_of(b, i % per_row);
-        put(i / per_row, quad, live && is_quad(quad, quads), (u64)second << 32 | first);
+        const bool exists = live && is_quad(quad_of(b, i % per_row), quads);
+        put(i / per_row, i % per_row, exists, (u64)second << 32 | first);
       });
 }
 
@@ -66,8 +66,8 @@ DEV void gather_quads(Block& b, u32 epoch, const u64* words, int row_stride, int
 DEV bool gather_activations(Block& b, u32 epoch, const u64* words, int row_stride, int count) {
   consumer_sync();  // the phase before has read what stood there
   mark(b, Mark::kMet, take_tile_clocks(b));
-  gather_quads(b, epoch, words, row_stride, count / 2, [&](int row, int quad, bool live, u64 v) {
-    if (live) put_quad(b, row, quad, v);
+  gather_quads(b, epoch, words, row_stride, count / 2, [&](int row, int i, bool live, u64 v) {
+    if (live) put_quad(b, row, quad_of(b, i), v);
   });
   return all_well(b);
 }

@@ -59,6 +59,16 @@ DEV float natural_log(float x) { return logf(x); }                    // of a po
 DEV u32 load_const(const u32* p) { return __ldg(p); }
 DEV u64 load_const(const u64* p) { return __ldg(p); }
 DEV float2 load_const(const float2* p) { return __ldg(p); }
+// Of those, one for each of a consumer's quads of a row, in registers long before they are used: volatile, so that the loads stay where they are.
+struct EarlyQuads {
+  u64 of[(shape().hidden_size / 4 + kConsumerWarps * LANES - 1) / (kConsumerWarps * LANES)] = {};
+};
+DEV void ask_early(EarlyQuads& quads, int i, const u64* p) { asm volatile("ld.global.nc.u64 %0, [%1];" : "=l"(quads.of[i]) : "l"(p)); }
+DEV u64 early_quad(const EarlyQuads& quads, int i) {  // registers have no index: where i is known at run time only it is chosen
+  u64 v = quads.of[0];
+  UNROLL for (int j = 1; j < (int)(sizeof quads.of / sizeof *quads.of); j++) v = i == j ? quads.of[j] : v;
+  return v;
+}
 // Plain accesses: ordered only by the fences of the KV rule (kv.cuh) and of semaphore.cuh.
 DEV u32 load_global(const u32* p) { return *(const volatile u32*)p; }
 DEV float4 load_global(const float4* p) {

@@ -16,8 +16,7 @@ DEV Matrix down_proj_matrix(const Block& b, u32 uses) {
           b.index / (int)slices,
           (int)divide_up(shape().num_blocks - slice, slices),
           claim_counter(b, b.waiter.layer, 3 + slice),
-          uses,
-          -1};
+          uses};
 }
 
 }  // namespace imex

@@ -13,8 +13,7 @@ DEV Matrix gate_up_matrix(const Block& b, u32 uses) {
           b.index,
           (int)shape().num_blocks,
           claim_counter(b, b.waiter.layer, 2),
-          uses,
-          2 * (int)b.waiter.layer + 1};
+          uses};
 }
 
 DEV float silu(float x) { return fast_divide(x, 1.f + fast_exp(-x)); }

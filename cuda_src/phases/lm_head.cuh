@@ -14,8 +14,7 @@ DEV Matrix lm_head_matrix(const Block& b, u32 uses) {
           b.index,
           (int)shape().num_blocks,
           claim_counter(b, shape().num_layers, 0),
-          uses,
-          2 * (int)shape().num_layers};
+          uses};
 }
 
 // The best logits that one adder has seen in this step: each lane looks after cells lane, lane + LANES, …

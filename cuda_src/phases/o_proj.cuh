@@ -13,8 +13,7 @@ DEV Matrix o_proj_matrix(const Block& b) {
           b.index,
           (int)shape().num_blocks,
           claim_counter(b, b.waiter.layer, 1),
-          b.step / 2,
-          -1};
+          b.step / 2};
 }
 
 // Sends off a unit of a projection that ends in an exchange.

@@ -15,8 +15,7 @@ DEV Matrix qkv_matrix(const Block& b) {
           b.index,
           (int)shape().num_blocks,
           claim_counter(b, b.waiter.layer, 0),
-          b.step / 2,
-          2 * (int)b.waiter.layer};
+          b.step / 2};
 }
 
 DEV void emit_qkv(Block& b, int unit, int slot) {

@@ -96,6 +96,13 @@ DEV float natural_log(float x) {  // of a positive normal number; log(2^n m), m 
 DEV u32 load_const(const u32* p) { return *p; }
 DEV u64 load_const(const u64* p) { return *p; }
 DEV float2 load_const(const float2* p) { return *p; }
+struct EarlyQuads {
+  const u64* of = nullptr;  // the first; the others follow it
+};
+DEV void ask_early(EarlyQuads& quads, int i, const u64* p) {
+  if (i == 0) quads.of = p;
+}
+DEV u64 early_quad(const EarlyQuads& quads, int i) { return quads.of[i * kConsumerWarps * LANES]; }
 
 DEV u32 load_global(const u32* p) {
   sim::point();
