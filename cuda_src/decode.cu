@@ -17,10 +17,14 @@
 namespace imex {
 
 // What the matrix phase at b.waiter multiplies with: the residual, after the exchange that completes it, times the norm's weights; or
-// another phase's words. Where it does not multiply, o_proj's exchange alone is taken in. False when the block must leave.
-DEV bool prepare(Block& b, bool multiplies, const Norm& norm) {
+// another phase's words. Where it does not multiply, o_proj's exchange alone is taken in. take() takes weights while words are on their way:
+// at once, but where this block sums a slice for others, who shall not wait for that. False when the block must leave.
+template <class Take>
+DEV bool prepare(Block& b, bool multiplies, Take take) {
   const Phase phase = b.waiter.phase;
   const u32 epoch = layer_epoch(b.step, b.waiter.layer);
+  const bool receives = phase == Phase::kGateUp || (phase != Phase::kOProj && phase != Phase::kDownProj && b.waiter.layer > 0);
+  if (!receives || replicated(num_rows(b))) take();
   bool well = true;  // calls of their own: with constant sizes each is shorter than one for all with divisions
   if (phase == Phase::kOProj) {
     const int width = matrix_k(Phase::kOProj) / 2;
@@ -32,18 +36,18 @@ DEV bool prepare(Block& b, bool multiplies, const Norm& norm) {
     well = gather_activations(b, epoch, own_words(b, shape().off_gate + slice_of(b) * width), shape().intermediate_size / 2,
                               width);
   } else if (phase == Phase::kGateUp) {
-    well = receive(b, norm, o_exchange(), epoch);
-  } else if (b.waiter.layer > 0) {  // layer 0 starts from what `embed` left
-    well = receive(b, norm, down_exchange(), epoch - 1);
+    well = receive(b, o_exchange(), epoch, multiplies, take);
+  } else if (receives) {  // layer 0 starts from what `embed` left
+    well = receive(b, down_exchange(), epoch - 1, multiplies, take);
   }
   if (well) mark(b, Mark::kInput, take_word_clocks(b));
   return well;
 }
 
-DEV void multiply(Block& b, Phase phase, Group& first) {
-  if (phase == Phase::kDownProj && kDownK != kHiddenK) multiply_units<kDownK>(b, first);
-  else if (phase == Phase::kOProj && kHeadsK != kHiddenK) multiply_units<kHeadsK>(b, first);
-  else multiply_units<kHiddenK>(b, first);
+DEV void multiply(Block& b, Phase phase, Groups& taken) {
+  if (phase == Phase::kDownProj && kDownK != kHiddenK) multiply_units<kDownK>(b, taken);
+  else if (phase == Phase::kOProj && kHeadsK != kHiddenK) multiply_units<kHeadsK>(b, taken);
+  else multiply_units<kHiddenK>(b, taken);
 }
 
 // One step; false when the block must leave.
@@ -56,13 +60,11 @@ DEV bool decode_step(Block& b) {
       const bool multiplies = multiplies_in(phase, b.waiter.layer, b.shared->num_sampling);
       if (phase == Phase::kQkv || phase == Phase::kLmHead) mark_clock(b, Mark::kPair);
       mark(b, Mark::kBegin);
-      Group first = {};  // zeroed: what is not known to be dead the compiler keeps while words are gathered, in local memory
-      Norm norm;
-      if (multiplies && phase != Phase::kOProj && phase != Phase::kDownProj) load_norm(b, norm, phase, b.waiter.layer);
-      if (multiplies) take_ahead(b, first);
-      if (!prepare(b, multiplies, norm)) return false;
+      Groups taken;
+      forget(taken);
+      if (!prepare(b, multiplies, [&] { if (multiplies) take_ahead(b, taken); })) return false;
       mark(b, Mark::kReady, multiplies);
-      if (multiplies) multiply(b, phase, first);
+      if (multiplies) multiply(b, phase, taken);
       mark(b, Mark::kEnd, take_tile_clocks(b));
     }
     if (phase == Phase::kQkv && !attention(b)) return false;
@@ -107,6 +109,7 @@ DEV void produce(Block& b) {
     ROLLED for (b.waiter.phase = Phase::kQkv; !b.waiter.failed; next_matrix(b.waiter)) {
       const Phase phase = b.waiter.phase;
       if (runs(phase) && multiplies_in(phase, b.waiter.layer, p.num_sampling)) {
+        if (has_norm(phase)) prefetch_norm(b);
         push_units(b, p, matrix_of(b, p));
       }
       if (phase == Phase::kLmHead) break;

@@ -163,10 +163,18 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
 }
 
 // Takes in the exchange of `epoch`: adds it to the residual and leaves the residual, rounded to bf16, as the activations of every row; if
-// a product follows, times the norm's weights, and with its sums of squares. All consumers; false when the block must leave.
-DEV bool receive(Block& b, const Norm& norm, Exchange x, u32 epoch) {
+// a product follows, times the norm's weights, and with its sums of squares. take() is for a slice's owner, when its sums are on their way. All
+// consumers; false when the block must leave.
+template <class Take>
+DEV bool receive(Block& b, Exchange x, u32 epoch, bool multiplies, Take take) {
   consumer_sync();  // the phase before has read the activations
   mark(b, Mark::kMet, take_tile_clocks(b));
+  if (!replicated(num_rows(b))) {
+    receive_slice(b, x, epoch);
+    mark(b, Mark::kSum, take_word_clocks(b));
+    take();
+  }
+  const Norm norm = load_norm(b, multiplies);
   float squares = 0.f;
   if (semaphore()) {
     if (!await_signals(b, x.part_offset, num_sources(x), epoch)) return false;
@@ -174,11 +182,8 @@ DEV bool receive(Block& b, const Norm& norm, Exchange x, u32 epoch) {
   } else if (one_shot(num_rows(b))) {
     squares = receive_whole(b, norm, x, epoch);
   } else {
-    receive_slice(b, x, epoch);
-    mark(b, Mark::kSum, take_word_clocks(b));
-    gather_quads(
-        b, epoch, own_words(b, x.sum_offset), shape().hidden_size / 2, shape().hidden_size / 4,
-        [&](int row, int i, bool live, u64 v) { squares += put_residual(b, norm, row, i, v, live); });
+    gather_quads(b, epoch, own_words(b, x.sum_offset), shape().hidden_size / 2, shape().hidden_size / 4,
+                 [&](int row, int i, bool live, u64 v) { squares += put_residual(b, norm, row, i, v, live); });
   }
   return end_residual(b, norm, squares);
 }

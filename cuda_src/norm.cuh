@@ -15,15 +15,27 @@ DEV float quad_squares(u64 quad) {
 // The weights of an RMSNorm, bf16, for this thread's quads of a row (quad_of).
 struct Norm {
   EarlyQuads weights;
-  bool weighs = false;  // false: the residual goes on as it is, since no product follows
+  bool weighs;  // false: the residual goes on as it is, since no product follows
 };
-// Asks for the weights of the norm before a matrix phase; they come while the thread waits for words.
-DEV void load_norm(const Block& b, Norm& norm, Phase phase, u32 layer) {
+DEV bool has_norm(Phase phase) { return phase == Phase::kQkv || phase == Phase::kGateUp || phase == Phase::kLmHead; }
+DEV const u64* norm_here(const Block& b) {  // before the phase that the block is in
+  const u64 index = 2 * b.waiter.layer + (b.waiter.phase == Phase::kGateUp);
+  return (const u64*)b.params->norms + index * (shape().hidden_size / 4);
+}
+// The producer's part, a ring ahead of the consumers: they shall not wait for memory. Each block asks for some of the lines.
+DEV void prefetch_norm(const Block& b) {
+  constexpr u32 kLineBytes = 128;
+  for (u32 at = b.index * kLineBytes; at < shape().hidden_size * 2; at += shape().num_blocks * kLineBytes)
+    prefetch_global((const char*)norm_here(b) + at);
+}
+// Asks for the weights; they come while the thread waits for words. Without, they stay undefined: where two values meet the compiler copies
+// registers, and that would wait for them here.
+DEV Norm load_norm(const Block& b, bool weighs) {
   const int quads = shape().hidden_size / 4;
-  const u64 index = phase == Phase::kQkv ? 2 * layer : phase == Phase::kGateUp ? 2 * layer + 1 : 2 * shape().num_layers;
-  const u64* from = (const u64*)b.params->norms + index * quads;
-  UNROLL for (int i = 0; i < quads_per_thread(quads); i++) ask_early(norm.weights, i, from + held_quad(quad_of(b, i), quads));
-  norm.weighs = true;
+  Norm norm;
+  if (weighs) UNROLL for (int i = 0; i < quads_per_thread(quads); i++) ask_early(norm.weights, i, norm_here(b) + held_quad(quad_of(b, i), quads));
+  norm.weighs = weighs;
+  return norm;
 }
 // A quad times its weights, rounded.
 DEV u64 weigh(u64 v, u64 weights) {
@@ -74,7 +86,7 @@ DEV void weigh_rows(Block& b, const Norm& norm) {
   ROLLED for (int first = 0; first < rows; first += kAtOnce) {
     auto row = [&](int i) { return (int)smaller(first + i, rows - 1); };  // beyond the last the last again, in vain
     float squares[kAtOnce] = {};
-    UNROLL for (int i = 0; i < quads_per_thread(quads); i++) {
+    ROLLED for (int i = 0; i < quads_per_thread(quads); i++) {
       const int quad = quad_of(b, i);
       if (!is_quad(quad, quads)) continue;
       u64 v[kAtOnce];

@@ -122,10 +122,12 @@ DEV bool wait_stages(Block& b, int count, Also... also) {
   if (late) b.tile_clocks += clock_low() - began;
   return here;
 }
-// The warp has read the stages, or has loads of them under way whose values it has used.
+// The warp has read the stages, or has asked for all it wants of them: the arrival releases, so those loads come before it.
 DEV void release_stages(Block& b, int count) {
   warp_sync();
-  for (int i = b.lane / kWarpArrivals; i < count; i += LANES / kWarpArrivals) mbar_arrive(&b.shared->empty[ahead(b.ring, i).stage]);
+  constexpr int kAtOnce = LANES / kWarpArrivals;  // stages: on a GPU all, and what is no loop has no branch back
+  for (int i = b.lane / kWarpArrivals; i < count; i = kAtOnce > kMaxStages ? count : i + kAtOnce)
+    mbar_arrive(&b.shared->empty[ahead(b.ring, i).stage]);
   b.ring = ahead(b.ring, count);
 }
 DEV bool wait_stage(Block& b) { return wait_stages(b, 1); }
@@ -163,87 +165,126 @@ DEV void hand_over_mark(Block& b, int mark) {  // to each adder
 
 // Multiplies the activations (K wide; known when the kernel is built, or 0) with every unit the producer sends, and hands the sums to the
 // adders, which send the results off while these warps go on: no barrier of the block, and nobody waits for anybody's addition. All
-// warps work on the same tiles, so what one of them waits for, all do; hence tiles go in groups of two, and a warp takes its share of the
-// next group into registers before it multiplies the last one's.
+// warps work on the same tiles, so what one of them waits for, all do; hence tiles go in groups of two, and a warp has its share of the
+// group after the one that it multiplies in registers.
 constexpr int kGroup = 2;
 struct Group {
   Share share[kGroup];
-  int unit = kUnitEnd;  // whose first group it is; kUnitEnd: nothing was taken
+  int unit = kUnitEnd;  // that it is of; kUnitEnd: nothing was taken
 };
+struct Groups {  // in turn
+  Group even, odd;
+};
+DEV void forget(Groups& groups) {
+  UNROLL for (int i = 0; i < kGroup; i++) share_forget(groups.even.share[i]), share_forget(groups.odd.share[i]);
+}
 DEV int tiles_of_unit(int k) { return divide_up(k, kTileK); }
 DEV int tiles_of_group(int k) { return smaller(tiles_of_unit(k), group_tiles()); }  // the last may be smaller
-// The phase's first group, taken while the activations are still on their way: weights need not wait for them, and the stream may go on
-// by as many stages. Nothing is taken where a share is activations too, or when the block must leave.
-DEV void take_ahead(Block& b, Group& first) {
-  const int k = matrix_k(b.waiter.phase), count = tiles_of_group(k);
-  if (!weights_alone(k) || !wait_stage(b)) return;
-  const int unit = b.shared->unit[b.ring.stage];
-  if (unit == kUnitEnd || !wait_stages(b, count)) return;  // behind the mark nothing may come
+DEV int groups_of_unit(int k) { return divide_up(tiles_of_unit(k), tiles_of_group(k)); }
+DEV int tiles_in(int k, int group) { return smaller(tiles_of_group(k), tiles_of_unit(k) - group * tiles_of_group(k)); }
+// The weights of a group, whose stages begin at `at`.
+DEV void take_weights(const Block& b, Group& to, RingCursor at, int k, int group) {
   UNROLL for (int i = 0; i < kGroup; i++)
-    if (i < count) share_load(first.share[i], ring_stage(b, ahead(b.ring, i).stage), Operand<32>{}, activations(b), i, k / 32, b.warp, 0);
-  first.unit = unit;
-  release_stages(b, count);
+    if (i < tiles_in(k, group)) {
+      const char* tile = ring_stage(b, ahead(at, i).stage);
+      share_weights(to.share[i], tile, activations(b), group * tiles_of_group(k) + i, k / 32, b.warp);
+    }
+}
+// The phase's first two groups, taken while the activations are still on their way: weights need not wait for them, and the stream may go on
+// by as many stages. The second only if it is here already. Nothing is taken when the block must leave.
+DEV void take_ahead(Block& b, Groups& taken) {
+  const int k = matrix_k(b.waiter.phase), next = groups_of_unit(k) > 1, first = tiles_in(k, 0), both = first + tiles_in(k, next);
+  auto here = [&](int i) {
+    const RingCursor at = ahead(b.ring, i);
+    return Pending{&b.shared->full[at.stage], at.parity};
+  };
+  // This is on the way of whoever is late: mostly all is here, and one question does. A ring has four stages (MIN_STAGES of planner.py).
+  const bool all = warp_all(mbar_test_now(here(0), here(smaller(1, both - 1)), here(smaller(2, both - 1)), here(both - 1)));
+  if (!all && !wait_stage(b)) return;
+  const int unit = b.shared->unit[b.ring.stage];
+  if (unit == kUnitEnd || (!all && !wait_stages(b, first))) return;  // behind the mark nothing may come
+  take_weights(b, taken.even, b.ring, k, 0);
+  taken.even.unit = unit;
+  const bool second = (next || !(unit & kLastUnit)) && (all || warp_all(mbar_test_now(here(first), here(both - 1))));
+  if (second) {
+    const RingCursor at = ahead(b.ring, first);
+    take_weights(b, taken.odd, at, k, next);
+    taken.odd.unit = next ? unit : b.shared->unit[at.stage];
+  }
+  release_stages(b, second ? both : first);
 }
 template <int K>
-DEV void multiply_units(Block& b, Group& first) {
-  const int k = K ? K : matrix_k(b.waiter.phase), rows = num_rows(b), tiles = tiles_of_unit(k);
-  const int width = tiles_of_group(k), groups = divide_up(tiles, width);
+DEV void multiply_units(Block& b, Groups& taken) {
+  const int k = K ? K : matrix_k(b.waiter.phase), rows = num_rows(b), groups = groups_of_unit(k);
   Operand<K> operand;
   operand_load(operand, activations(b), b.warp, rows);
-  Share second[kGroup];  // `first` and `second` in turn
-  int unit = first.unit;
   u32 units = b.num_units;  // the number of the next unit to be taken
-  auto size = [&](int group) { return (int)smaller(width, tiles - group * width); };
-  auto take = [&](Share (&to)[kGroup], int group) {  // the stages at the cursor, which hold this group of a unit
-    if (!(group ? wait_stages(b, size(group)) : wait_stages(b, size(0), free_slot(b, units)))) return false;
+  int pending = 0;          // stages at the cursor of which loads are under way
+  auto add_activations = [&](Group& to, int group) {
     UNROLL for (int i = 0; i < kGroup; i++)
-      if (i < size(group)) {
-        const int tile = group * width + i;
-        share_load(to[i], ring_stage(b, ahead(b.ring, i).stage), operand, activations(b), tile, k / 32, b.warp, rows);
-      }
-    if (group == 0) unit = b.shared->unit[b.ring.stage], units++;
+      if (i < tiles_in(k, group)) share_activations(to.share[i], operand, activations(b), group * tiles_of_group(k) + i, k / 32, b.warp, rows);
+  };
+  auto take_here = [&](Group& to, int group, int unit) {
+    take_weights(b, to, b.ring, k, group);
+    add_activations(to, group);
+    to.unit = unit;
+    pending = tiles_in(k, group);
     return true;
   };
-  if (unit != kUnitEnd) {
-    if (!mbar_wait_warp(b.waiter, Wait::kPartial, false, free_slot(b, units++))) return;
-  } else {
-    if (!wait_stage(b)) return;
-    if (b.shared->unit[b.ring.stage] == kUnitEnd) return release_stage(b);
-    if (!take(first.share, 0)) return;
-    release_stages(b, size(0));
+  // Both take a group, whose stages come next: a new unit's first, or another of `unit`. False when the block must leave.
+  auto begin = [&](Group& to) {
+    return wait_stages(b, tiles_in(k, 0), free_slot(b, units++)) && take_here(to, 0, b.shared->unit[b.ring.stage]);
+  };
+  auto go_on = [&](Group& to, int group, int unit) { return wait_stages(b, tiles_in(k, group)) && take_here(to, group, unit); };
+  auto none = [](Group& to) {
+    to.unit = kUnitEnd;
+    return true;
+  };
+  if (taken.even.unit == kUnitEnd) {
+    if (!b.waiter.failed) release_stage(b);  // the mark of a phase without a unit
+    return;
   }
-  auto run = [&](Share (&even)[kGroup], Share (&odd)[kGroup]) {  // a unit, whose first group is in `even`; false after the last
-    const int now = unit & ~kLastUnit;
+  if (!mbar_wait_warp(b.waiter, Wait::kPartial, false, free_slot(b, units++))) return;
+  add_activations(taken.even, 0);
+  if (taken.odd.unit != kUnitEnd) {
+    if (groups == 1 && !mbar_wait_warp(b.waiter, Wait::kPartial, false, free_slot(b, units++))) return;
+    add_activations(taken.odd, groups > 1);
+  } else if (groups > 1 ? !go_on(taken.odd, 1, taken.even.unit) : !(taken.even.unit & kLastUnit) && !begin(taken.odd)) {
+    return;
+  }
+  // A unit, whose first group is in `even` and the one after it in `odd`; false when the block must leave. Each group is multiplied and
+  // makes room for the one after the next, so what is known when the kernel is built, the unit's end above all, is no branch.
+  auto run = [&](Group& even, Group& odd) {
     Accum acc;
     accum_zero(acc);
-    auto multiply = [&](Share (&of)[kGroup], int group) {
+    auto multiply = [&](Group& of, int group) {
       UNROLL for (int i = 0; i < kGroup; i++)
-        if (i < size(group)) accum_multiply(acc, of[i], operand, group * width + i, rows);
+        if (i < tiles_in(k, group)) accum_multiply(acc, of.share[i], operand, group * tiles_of_group(k) + i, rows);
+      release_stages(b, pending);  // of the group after: its loads have had the time of a multiplication to arrive
+      pending = 0;
     };
-    auto advance = [&](Share (&of)[kGroup], Share (&next)[kGroup], int group, int then) {
-      if (!take(next, then)) return false;
+    auto inner = [&](Group& of, Group& after, int group) {
       multiply(of, group);
-      release_stages(b, size(then));  // its loads have had the time of a multiplication to arrive
-      return true;
+      return go_on(of, group + 2, after.unit);
     };
-    auto finish = [&] { hand_over(b, now, [&](int slot) { accum_store(acc, partial_sums(b, slot, b.warp), rows); }); };
-    auto end = [&](Share (&of)[kGroup], Share (&next)[kGroup]) {  // the unit's last group
-      if (unit & kLastUnit) {
-        multiply(of, groups - 1);
-        finish();
-        return false;
-      }
-      const bool well = advance(of, next, groups - 1, 0);
-      if (well) finish();
-      return well;
+    auto last_but_one = [&](Group& of, Group& after) {
+      multiply(of, groups - 2);
+      return after.unit & kLastUnit ? none(of) : begin(of);
     };
-    ROLLED for (int group = 0; group + 2 < groups; group += 2)
-      if (!advance(even, odd, group, group + 1) || !advance(odd, even, group + 1, group + 2)) return false;
-    if (groups % 2) return end(even, odd);
-    return advance(even, odd, groups - 2, groups - 1) && end(odd, even);
+    auto last = [&](Group& of, Group& after) {
+      multiply(of, groups - 1);
+      hand_over(b, of.unit & ~kLastUnit, [&](int slot) { accum_store(acc, partial_sums(b, slot, b.warp), rows); });
+      if (groups > 1) return after.unit == kUnitEnd ? none(of) : go_on(of, 1, after.unit);
+      return after.unit & kLastUnit ? none(of) : begin(of);  // kUnitEnd has all bits
+    };
+    ROLLED for (int group = 0; group + 3 < groups; group += 2)
+      if (!inner(even, odd, group) || !inner(odd, even, group + 1)) return false;
+    if (groups == 1) return last(even, odd);
+    if (groups % 2 == 0) return last_but_one(even, odd) && last(odd, even);
+    return inner(even, odd, groups - 3) && last_but_one(odd, even) && last(even, odd);
   };
-  while (run(first.share, second))
-    if (groups % 2 && !run(second, first.share)) return;
+  while (taken.even.unit != kUnitEnd && run(taken.even, taken.odd))
+    if (groups % 2 && (taken.odd.unit == kUnitEnd || !run(taken.odd, taken.even))) return;
 }
 
 // Walks over the stages of a matrix K wide without multiplying: what the producer prefetched for a step that never came.

@@ -61,9 +61,12 @@ DEV u64 load_const(const u64* p) { return __ldg(p); }
 DEV float2 load_const(const float2* p) { return __ldg(p); }
 // Of those, one for each of a consumer's quads of a row, in registers long before they are used: volatile, so that the loads stay where they are.
 struct EarlyQuads {
-  u64 of[(shape().hidden_size / 4 + kConsumerWarps * LANES - 1) / (kConsumerWarps * LANES)] = {};
+  u64 of[(shape().hidden_size / 4 + kConsumerWarps * LANES - 1) / (kConsumerWarps * LANES)];
 };
-DEV void ask_early(EarlyQuads& quads, int i, const u64* p) { asm volatile("ld.global.nc.u64 %0, [%1];" : "=l"(quads.of[i]) : "l"(p)); }
+DEV void prefetch_global(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }  // a hint
+DEV void ask_early(EarlyQuads& quads, int i, const u64* p) {
+  asm volatile("ld.global.nc.u64 %0, [%1];" : "=l"(quads.of[i]) : "l"(p));
+}
 DEV u64 early_quad(const EarlyQuads& quads, int i) {  // registers have no index: where i is known at run time only it is chosen
   u64 v = quads.of[0];
   UNROLL for (int j = 1; j < (int)(sizeof quads.of / sizeof *quads.of); j++) v = i == j ? quads.of[j] : v;
@@ -220,6 +223,11 @@ DEV bool mbar_test_now(Pending p) {  // the same without the hardware's own shor
       : "r"(shared_address(p.bar)), "r"(p.parity)
       : "memory");
   return done;
+}
+template <class... More>
+DEV bool mbar_test_now(Pending p, More... more) {
+  const bool first = mbar_test_now(p), others = mbar_test_now(more...);  // none waits for another's answer
+  return first & others;
 }
 // Have all completed? In one piece of PTX, so that the tests are on their way together; the same phase may be given twice.
 DEV bool mbar_test(Pending one, Pending two) {

@@ -33,13 +33,18 @@ struct Operand {
   static constexpr bool kHeld = kFew && K <= kMaxHeldK;
   u32 x[kHeld ? (K + kTileK - 1) / kTileK : 1][kShareChunks][kPairs];
 };
-// Whether a warp's share of a tile is weights only, so that it can be loaded before the activations are there.
-DEV bool weights_alone(int k) { return kFew && k <= kMaxHeldK; }
 // What one warp multiplies of a tile, in registers.
 struct Share {
   uint4 w[kShareChunks];        // lane (n, quarter) of a chunk: k pairs 0-3 of output row n, at k = 8 * quarter
   u32 x[kShareChunks][kPairs];  // where the operand is not held
 };
+// What it holds is of no use any more. The compiler would keep what it cannot know to be dead, in local memory if need be.
+DEV void share_forget(Share& share) {
+  UNROLL for (int j = 0; j < kShareChunks; j++) {
+    asm("" : "=r"(share.w[j].x), "=r"(share.w[j].y), "=r"(share.w[j].z), "=r"(share.w[j].w));
+    UNROLL for (int i = 0; i < kPairs; i++) asm("" : "=r"(share.x[j][i]));
+  }
+}
 // x: bf16 [chunks, max_rows, 32]; rows: how many of max_rows are live. A lane beyond them takes the last one's activations again: no
 // branch, no bank conflict, and its sums are not stored. What lies beyond the last of `chunks` is zero.
 DEV void load_pairs(u32 (&to)[kPairs], const char* x, int c, int chunks, int rows) {
@@ -62,15 +67,20 @@ DEV void operand_load(Operand<K>& operand, const char* x, int warp, int rows) {
   if (Operand<K>::kHeld) UNROLL for (int t = 0; t < (K + kTileK - 1) / kTileK; t++) UNROLL for (int j = 0; j < kShareChunks; j++)
       load_pairs(operand.x[t][j], x, t * (kTileK / 32) + warp + j * kConsumerWarps, K / 32, rows);
 }
-// The warp's share of tile number `t` of a unit of `chunks` chunks. tile: bf16 [chunks, 8, 32], of which at most TILE_K / 32 are here.
-template <int K>
-DEV void share_load(Share& share, const char* tile, const Operand<K>&, const char* x, int t, int chunks, int warp, int rows) {
+// The warp's share of tile number `t` of a unit of `chunks` chunks. tile: bf16 [chunks, 8, 32], of which at most TILE_K / 32 are here. The
+// weights can be loaded before the activations are there, and before it is known how wide they are.
+DEV void share_weights(Share& share, const char* tile, const char*, int t, int chunks, int warp) {
   UNROLL for (int j = 0; j < kShareChunks; j++) {
-    const int c = warp + j * kConsumerWarps, at = t * (kTileK / 32) + c;
+    const int c = warp + j * kConsumerWarps;
     const uint4 zero = {0, 0, 0, 0};
-    share.w[j] = kWholeTiles || at < chunks ? ((const uint4*)tile)[c * 32 + lane_index()] : zero;  // a unit's last tile may be short
-    if (!Operand<K>::kHeld) load_pairs(share.x[j], x, at, chunks, rows);
+    const bool here = kWholeTiles || t * (kTileK / 32) + c < chunks;  // a unit's last tile may be short
+    share.w[j] = here ? ((const uint4*)tile)[c * 32 + lane_index()] : zero;
   }
+}
+template <int K>
+DEV void share_activations(Share& share, const Operand<K>&, const char* x, int t, int chunks, int warp, int rows) {
+  if (!Operand<K>::kHeld)
+    UNROLL for (int j = 0; j < kShareChunks; j++) load_pairs(share.x[j], x, t * (kTileK / 32) + warp + j * kConsumerWarps, chunks, rows);
 }
 
 // What one warp has summed of a unit: [8 output rows, rows of the step] over its share of K.

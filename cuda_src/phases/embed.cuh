@@ -8,8 +8,7 @@ namespace imex {
 DEV bool embed(Block& b) {
   b.waiter.phase = Phase::kEmbed;
   const int hidden = shape().hidden_size, rows = num_rows(b);
-  Norm norm;
-  if (runs(Phase::kQkv) && first_layer() == 0) load_norm(b, norm, Phase::kQkv, 0);
+  const Norm norm = load_norm(b, runs(Phase::kQkv) && first_layer() == 0);
   float squares = 0.f;
   for (int row = 0; row < rows; row++) {
     const u32 token = b.shared->rows[row].token;

@@ -97,8 +97,9 @@ DEV u32 load_const(const u32* p) { return *p; }
 DEV u64 load_const(const u64* p) { return *p; }
 DEV float2 load_const(const float2* p) { return *p; }
 struct EarlyQuads {
-  const u64* of = nullptr;  // the first; the others follow it
+  const u64* of;  // the first; the others follow it
 };
+DEV void prefetch_global(const void*) {}
 DEV void ask_early(EarlyQuads& quads, int i, const u64* p) {
   if (i == 0) quads.of = p;
 }
@@ -282,6 +283,7 @@ DEV bool warp_any(bool v) {
   });
   return any;
 }
+DEV bool warp_all(bool v) { return !warp_any(!v); }
 DEV u32 shuffle(u32 v, int lane) {
   if (LANES == 1) return v;
   struct Part {
@@ -342,7 +344,10 @@ DEV bool mbar_test(Pending p) {
   sim::mbarrier_seen(p.bar, p.parity);
   return true;
 }
-DEV bool mbar_test_now(Pending p) { return mbar_test(p); }
+template <class... More>
+DEV bool mbar_test_now(Pending p, More... more) {
+  return mbar_test(p) && (mbar_test(more) && ...);
+}
 DEV bool mbar_wait(Waiter& w, Wait kind, bool idle, Pending p) {
   sim::point();
   sim::WaitNote note{};

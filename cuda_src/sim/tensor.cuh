@@ -16,20 +16,21 @@ template <int K>
 struct Operand {};
 template <int K>
 DEV void operand_load(Operand<K>&, const char*, int, int) {}
-DEV bool weights_alone(int k) { return shape().max_rows <= 4 && k <= 4 * kTileK; }
 // What one warp multiplies of a tile. The weights are read when they are taken, as on a GPU; the activations stay where they are.
 struct Share {
   char w[kShareChunks][kShareBytes];
   const char* x;
   int count;
 };
-template <int K>
-DEV void share_load(Share& share, const char* tile, const Operand<K>&, const char* x, int t, int chunks, int warp, int) {
+DEV void share_forget(Share&) {}
+DEV void share_weights(Share& share, const char* tile, const char* x, int t, int chunks, int warp) {
   share.count = 0;
   share.x = x + (t * (kTileK / 32) + warp) * 64 * shape().max_rows;
   for (int c = warp; t * (kTileK / 32) + c < chunks && c < kTileK / 32; c += kConsumerWarps)
     memcpy(share.w[share.count++], tile + c * 512 + lane_index() * kShareBytes, kShareBytes);
 }
+template <int K>
+DEV void share_activations(Share&, const Operand<K>&, const char*, int, int, int, int) {}
 template <int K>
 DEV void accum_multiply(Accum& acc, const Share& share, const Operand<K>&, int, int rows) {
   accum_chunks(acc, share.w[0], kShareBytes, share.x, kConsumerWarps * 64 * shape().max_rows, share.count, rows);

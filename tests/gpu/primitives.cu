@@ -91,7 +91,8 @@ KERNEL accumulate(const char* tile, const char* x, float* part, int chunks, int 
     Share share;
     constexpr int kFar = 1 << 20;  // too wide to be held: the kernel's own K is not this test's
     Operand<kFar> operand;
-    share_load(share, memory, operand, activation, 0, chunks, warp_index(), rows);
+    share_weights(share, memory, activation, 0, chunks, warp_index());
+    share_activations(share, operand, activation, 0, chunks, warp_index(), rows);
     accum_multiply(acc, share, operand, 0, rows);
     accum_store(acc, sums + warp_index() * shape().max_rows * kUnitRows, rows);
   }

@@ -64,8 +64,8 @@ def test_it_would_be_found(tmp_path):
         ("stream.cuh", "+ layer * per_layer + which", "+ layer * per_layer + which + 2 * per_step"),
         (
             "stream.cuh",
-            "share_load(to[i], ring_stage(b, ahead(b.ring, i).stage),",
-            "share_load(to[i], ring_stage(b, ahead(b.ring, i).stage) + shape().ring_stages * kStageBytes,",
+            "tile = ring_stage(b, ahead(at, i).stage);",
+            "tile = ring_stage(b, ahead(at, i).stage) + shape().ring_stages * kStageBytes;",
         ),
     ):
         mutant = Mutation("beyond", "an address", ((name, old, new),)).apply(tmp_path)

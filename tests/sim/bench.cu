@@ -21,7 +21,8 @@ DEV void multiply(Me& me, const char* tiles) {  // [num_layers, 32, 8, 32] bf16
   accum_zero(acc);
   for (u32 t = 0; t < shape().num_layers; t++)
     for (int w = 0; w < kConsumerWarps; w++) {
-      share_load(share, tiles + (size_t)t * kStageBytes, operand, x, 0, 32, w, rows);
+      share_weights(share, tiles + (size_t)t * kStageBytes, x, 0, 32, w);
+      share_activations(share, operand, x, 0, 32, w, rows);
       accum_multiply(acc, share, operand, 0, rows);
     }
   accum_store(acc, (float*)(shared_memory() + shape().smem_part), rows);
@@ -50,7 +51,8 @@ DEV void stream(Me& me, const char* tiles) {  // the ring with one stage in flig
   accum_zero(acc);
   for (u32 t = 0; t < count; t++) {
     mbar_wait(me.waiter, Wait::kTile, false, Pending{&full[t % 4], (u32)(t / 4 & 1)});
-    share_load(share, ring + t % 4 * kStageBytes, operand, x, 0, 32, warp, rows);
+    share_weights(share, ring + t % 4 * kStageBytes, x, 0, 32, warp);
+    share_activations(share, operand, x, 0, 32, warp, rows);
     accum_multiply(acc, share, operand, 0, rows);
     warp_sync();
     if (lane == 0) mbar_arrive(&empty[t % 4]);

@@ -38,8 +38,9 @@ DEV void consume(Me& me, Shared* s) {
     Accum acc;
     accum_zero(acc);
     mbar_wait(me.waiter, Wait::kTile, false, Pending{&s->full[stage], (u32)(t / kRing & 1)});
-    share_load(share, shared_memory() + shape().smem_ring + stage * kStageBytes, operand, shared_memory() + shape().smem_x, 0,
-               chunks, warp_index(), rows);
+    share_weights(share, shared_memory() + shape().smem_ring + stage * kStageBytes, shared_memory() + shape().smem_x, 0, chunks,
+                  warp_index());
+    share_activations(share, operand, shared_memory() + shape().smem_x, 0, chunks, warp_index(), rows);
     accum_multiply(acc, share, operand, 0, rows);
 #ifndef BUG_NO_WARP_SYNC
     warp_sync();

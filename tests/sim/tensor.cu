@@ -24,7 +24,8 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams p) {
     Operand<0> operand;
     for (int w = 0; w < kConsumerWarps; w++)
       for (int t = 0; t < (chunks + 31) / 32; t++) {
-        share_load(share, (const char*)me.params->qkv + (size_t)t * kStageBytes, operand, x, t, chunks, w, s.max_rows);
+        share_weights(share, (const char*)me.params->qkv + (size_t)t * kStageBytes, x, t, chunks, w);
+        share_activations(share, operand, x, t, chunks, w, s.max_rows);
         accum_multiply(acc, share, operand, t, s.max_rows);
       }
     accum_store(acc, part, s.max_rows);
