@@ -120,6 +120,7 @@ enum class Mark : unsigned int {
   kSent = 6,
   kMet = 7,
   kPair = 8,
+  kTaken = 9,
 };
 
 // What a launch of cuda_src/bench measures: floor.cu, or exchange.cu the last two.

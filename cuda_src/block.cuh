@@ -72,7 +72,7 @@ struct RingCursor {
   int stage = 0;
   u32 parity = 0;
 };
-DEV RingCursor ahead(RingCursor at, int count) {  // by less than a lap
+DEV RingCursor ahead(RingCursor at, int count) {  // by a lap at most
   at.stage += count;
   if (at.stage >= (int)shape().ring_stages) at.stage -= shape().ring_stages, at.parity ^= 1;
   return at;

@@ -23,8 +23,10 @@ template <class Take>
 DEV bool prepare(Block& b, bool multiplies, Take take) {
   const Phase phase = b.waiter.phase;
   const u32 epoch = layer_epoch(b.step, b.waiter.layer);
-  const bool receives = phase == Phase::kGateUp || (phase != Phase::kOProj && phase != Phase::kDownProj && b.waiter.layer > 0);
-  if (!receives || replicated(num_rows(b))) take();
+  const bool receives =
+      has_norm(phase) && (phase == Phase::kGateUp || b.waiter.layer > 0);  // layer 0 starts from what `embed` left
+  const bool sums = receives && !replicated(num_rows(b));
+  if (!sums) take();
   bool well = true;  // calls of their own: with constant sizes each is shorter than one for all with divisions
   if (phase == Phase::kOProj) {
     const int width = matrix_k(Phase::kOProj) / 2;
@@ -36,9 +38,9 @@ DEV bool prepare(Block& b, bool multiplies, Take take) {
     well = gather_activations(b, epoch, own_words(b, shape().off_gate + slice_of(b) * width), shape().intermediate_size / 2,
                               width);
   } else if (phase == Phase::kGateUp) {
-    well = receive(b, o_exchange(), epoch, multiplies, take);
-  } else if (receives) {  // layer 0 starts from what `embed` left
-    well = receive(b, down_exchange(), epoch - 1, multiplies, take);
+    well = receive(b, o_exchange(), epoch, multiplies, sums, take);
+  } else if (receives) {
+    well = receive(b, down_exchange(), epoch - 1, multiplies, sums, take);
   }
   if (well) mark(b, Mark::kInput, take_word_clocks(b));
   return well;

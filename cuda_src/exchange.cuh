@@ -163,16 +163,17 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
 }
 
 // Takes in the exchange of `epoch`: adds it to the residual and leaves the residual, rounded to bf16, as the activations of every row; if
-// a product follows, times the norm's weights, and with its sums of squares. take() is for a slice's owner, when its sums are on their way. All
-// consumers; false when the block must leave.
+// a product follows, times the norm's weights, and with its sums of squares. If this block `sums` a slice for others, take() comes when its sums
+// are on their way. All consumers; false when the block must leave.
 template <class Take>
-DEV bool receive(Block& b, Exchange x, u32 epoch, bool multiplies, Take take) {
+DEV bool receive(Block& b, Exchange x, u32 epoch, bool multiplies, bool sums, Take take) {
   consumer_sync();  // the phase before has read the activations
   mark(b, Mark::kMet, take_tile_clocks(b));
-  if (!replicated(num_rows(b))) {
+  if (sums) {
     receive_slice(b, x, epoch);
     mark(b, Mark::kSum, take_word_clocks(b));
     take();
+    mark(b, Mark::kTaken, take_tile_clocks(b));
   }
   const Norm norm = load_norm(b, multiplies);
   float squares = 0.f;

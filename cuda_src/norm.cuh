@@ -1,5 +1,5 @@
 // RMSNorm that nobody waits for. (x / rms(x) ∘ w) W is (x ∘ w) W / rms(x): consumers multiply with x ∘ w as soon as x is there, and the
-// adders divide the results by rms(x), whose sum of squares has arrived by then. The weights w are in registers before x is.
+// adders divide the results by rms(x), whose sum of squares has arrived by then. The weights w are asked for before x is awaited.
 #pragma once
 #include "stream.cuh"
 #include "words.cuh"

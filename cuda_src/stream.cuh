@@ -191,14 +191,14 @@ DEV void take_weights(const Block& b, Group& to, RingCursor at, int k, int group
     }
 }
 // The phase's first two groups, taken while the activations are still on their way: weights need not wait for them, and the stream may go on
-// by as many stages. The second only if it is here already. Nothing is taken when the block must leave.
+// by as many stages. The second only if it is here already, and nothing when a wait gives up.
 DEV void take_ahead(Block& b, Groups& taken) {
   const int k = matrix_k(b.waiter.phase), next = groups_of_unit(k) > 1, first = tiles_in(k, 0), both = first + tiles_in(k, next);
   auto here = [&](int i) {
     const RingCursor at = ahead(b.ring, i);
     return Pending{&b.shared->full[at.stage], at.parity};
   };
-  // This is on the way of whoever is late: mostly all is here, and one question does. A ring has four stages (MIN_STAGES of planner.py).
+  // This is on the way of whoever is late: mostly all is here, and one question does. A ring has four stages at least.
   const bool all = warp_all(mbar_test_now(here(0), here(smaller(1, both - 1)), here(smaller(2, both - 1)), here(both - 1)));
   if (!all && !wait_stage(b)) return;
   const int unit = b.shared->unit[b.ring.stage];

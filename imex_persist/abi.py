@@ -141,6 +141,7 @@ class Mark(enum.IntEnum):
     SENT = 6  # the adder's last words of the phase have left; `value`: clocks since its first had
     MET = 7  # the block's warps have met: the slowest is done with the phase before, and its activations may be overwritten
     PAIR = 8  # a layer or the LM head begins, or the step ends: as CLOCK, since an SM's clock does not keep its rate for a step
+    TAKEN = 9  # in a phase with SUM: the phase's first tiles have been taken; `value`: waited for them
 
 
 class Probe(enum.IntEnum):

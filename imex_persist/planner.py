@@ -14,7 +14,7 @@ import numpy as np
 from imex_persist import abi
 
 MAX_USEFUL_STAGES = 14  # more do not fit beside a model's activations
-MIN_STAGES = 4
+MIN_STAGES = 4  # that are looked at and given back at once: two groups of two tiles (take_ahead in cuda_src/stream.cuh)
 ONE_SHOT_SUMS = 8192  # partial sums, a word each or two, that a block can add in one shot before a slice owner is faster
 LONG_UNIT_TILES = 7  # a unit of down_proj that is longer should be cut (docs/performance.md)
 SHORT_LAYER_US = 16.0  # of reading a layer's weights: below it two tiles in flight are better (docs/performance.md)

@@ -43,7 +43,7 @@ DEV void send_parts(Block& b, Exchange x, u32 epoch) {
 }
 DEV bool reduce(Block& b, Exchange x, u32 epoch) {
   send_parts(b, x, epoch);
-  return receive(b, x, epoch, false, [] {});
+  return receive(b, x, epoch, false, !replicated(num_rows(b)), [] {});
 }
 // Each by code of its own, as in decode.cu: sizes of an exchange that is chosen at run time would be no constants, and every word's place a
 // division of 40 instructions.

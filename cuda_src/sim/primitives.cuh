@@ -364,7 +364,8 @@ DEV bool mbar_wait(Waiter& w, Wait kind, bool idle, Pending first, Phases... pha
 template <class... Phases>
 DEV bool mbar_wait_warp(Waiter& w, Wait kind, bool idle, Phases... phases) {
   mbar_wait(w, kind, idle, phases...);
-  return !warp_any(w.failed);
+  w.failed = warp_any(w.failed);  // as on a GPU: all lanes give up or none
+  return !w.failed;
 }
 DEV void mbar_drain(Pending p) {
   sim::WaitNote note{};

@@ -120,7 +120,9 @@ class _Walk:
                     (rank, block), order, time = came_from, before, left
                     continue
                 self._add("local_hop", span, met, time)  # they had come: what is left of the hop is reading them
-                ahead = min(float(span["ahead"]), met - begin)
+                ahead = (
+                    min(float(span["ahead"]), met - begin) if np.isnan(span["sum"]) else 0.0
+                )  # after `sum`: in the hop from there
                 self._add("warps", span, begin + ahead, met)
                 self._add("tiles", span, begin, begin + ahead)
             else:

@@ -18,7 +18,7 @@ OF_NO_LAYER = (Phase.EMBED, Phase.LM_HEAD, Phase.SAMPLE)  # once a step
 MOMENTS = "begin met sum input ready end first sent".split()
 SPAN = np.dtype(
     [("step", "i8"), ("rank", "i4"), ("block", "i4"), ("phase", "i4"), ("layer", "i4"), ("order", "i4")]
-    + [(name, "f8") for name in (*MOMENTS, "words", "peers", "tiles", "ahead")]  # ahead: waited for tiles before `met`
+    + [(name, "f8") for name in (*MOMENTS, "words", "peers", "tiles", "ahead")]  # ahead: for tiles, before `met` or after `sum`
     + [("value", "i8")]  # of READY: whether it multiplies, in attention the pages read; embed: rows of the step
     + [("cut", "?")]  # attention: a row's context is, so all blocks merge its runs
 )
@@ -133,7 +133,12 @@ def _spans(events: np.ndarray, times: np.ndarray, shape: np.void, ghz: np.ndarra
     peers = (mark == Mark.SUM) & many | (mark == Mark.INPUT) & from_ranks & ~has_sum
     words = (mark == Mark.SUM) & (not many) | (mark == Mark.INPUT) & ~(from_ranks & ~has_sum)
     tiles = (mark == Mark.END) & (phase != Phase.EMBED)
-    for name, mine in (("peers", peers), ("words", words), ("tiles", tiles), ("ahead", mark == Mark.MET)):
+    for name, mine in (
+        ("peers", peers),
+        ("words", words),
+        ("tiles", tiles),
+        ("ahead", (mark == Mark.MET) | (mark == Mark.TAKEN)),
+    ):
         np.add.at(out[name], inverse[mine], clocks[mine])
     valued = (mark == Mark.READY) | (mark == Mark.END) & (phase == Phase.EMBED)
     out["value"][inverse[valued]] = e["value"][valued] & ~np.uint32(abi.TRACE_CUT)
