@@ -162,7 +162,7 @@ def dead_peer(source=None, trials: int = 3, first: int = 0) -> int:
     return trials
 
 
-def aborted_threads(source=None, trials: int = 60, first: int = 0) -> int:
+def aborted_threads(source=None, trials: int = 80, first: int = 0) -> int:
     """Every thread a fiber, and the abort word rises anywhere in a run: lanes of one warp may hear of it at different places."""
     kernel = Kernel(tiny(0, 32), tap=False, source=source)
     kernel.timeout_s = 20
@@ -172,7 +172,9 @@ def aborted_threads(source=None, trials: int = 60, first: int = 0) -> int:
         rng = np.random.default_rng(first)
         for trial in range(first, first + trials):
             hostile = {"preempt": int(rng.choice([4, 16, 64])), "delay_copies": True, "stalls": trial % 2 == 1}
-            last = dispatches // 3 if trial % 3 == 0 else dispatches  # more of them early: layer 0 has a way without a vote
+            last = (
+                dispatches if trial < first + trials * 3 // 4 else dispatches // 3
+            )  # some early: layer 0 has a way without a vote
             kernel.run(Schedule(trial, {"mode": "random", "abort_step": int(rng.integers(1, last)), **hostile}))
     finally:
         kernel.close()

@@ -26,7 +26,7 @@ from .observation import Wrong
 ROOT = Path(__file__).parents[2]
 QUICK_CXX = f"{sys.executable} {Path(__file__).with_name('quick_cxx.py')}"
 STRIDE = 3  # seeds of the campaign, but more configurations than it would have run by then
-RUNS, SECONDS = 2000, 140.0
+RUNS, SECONDS = 2000, 240.0
 
 
 @dataclass
@@ -124,7 +124,7 @@ def hunt(name: str, by: str) -> Found | None:
     began = time.monotonic()
     command = [sys.executable, "-m", "tests.schedules.hunt", "--by", by, name]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=290)
         out, crashed = done.stdout, done.returncode not in (0, 3)
         why = f"crash, status {done.returncode}" + (f": {done.stderr.splitlines()[-1][:120]}" if done.stderr else "")
     except subprocess.TimeoutExpired as error:

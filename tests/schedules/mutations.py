@@ -111,7 +111,7 @@ RING = (
     one("second_not_awaited", "the second group is taken before its tiles have landed", "stream.cuh",
         "(all || warp_all(mbar_test_now(here(first), here(both - 1))))", "true"),
     one("scratch_not_awaited", "attention gives a stage back that the producer has not taken yet", "phases/attention.cuh",
-        "for (int i = 1; i < stages && whole && here; i++)", "for (int i = 1; i < run_pages && whole && here; i++)", **DRILL),
+        "for (int i = 1; i < stages && whole && here; i++)", "for (int i = 1; i < run_pages && whole && here; i++)"),
     gone("scratch_without_proxy_fence", "a tile is overwritten by results that attention left in its stage before", "phases/attention.cuh",
          "  if (b.warp < (int)shape().scratch_warps) fence_async_shared();"),
     one("empty_counts_one", "the first warp that leaves a stage frees it", "decode.cu",
@@ -139,7 +139,7 @@ RING = (
     gone("producer_begins_early", "pages are streamed for a plan not read yet", "decode.cu",
          "        if (!mbar_wait(b.waiter, Wait::kStep, true, Pending{&b.shared->step_begin, b.step & 1})) break;\n"),
     one("producer_reads_plan_late", "the producer looks at the next step's plan (a race that was here once)", "decode.cu",
-        "multiplies_in(phase, b.waiter.layer, p.num_sampling)", "multiplies_in(phase, b.waiter.layer, b.shared->num_sampling)"),
+        "multiplies_in(phase, b.waiter.layer, p.num_sampling)", "multiplies_in(phase, b.waiter.layer, b.shared->num_sampling)", **TSAN),
     gone("copies_not_drained", "a block leaves while copies into its shared memory are in flight", "decode.cu",
          "  drain_copies(b, p);\n"),
 )  # fmt: skip
