@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from imex_persist.abi import Phase, Strategy
+from imex_persist.abi import TILE_K, Phase, Strategy
 from imex_persist.model.bf16 import to_bits, to_float32
 
 from . import tolerance
@@ -166,9 +166,7 @@ def test_gate_up(make_device, index):
         check(f"gate_up of rank {rank}", p.get_bf16(rank, "off_gate", p.size("intermediate_size")), expected, "bfloat16")
 
 
-@every_case(Phase.DOWN_PROJ)
-def test_down_proj(make_device, index):
-    p = make_run(make_device, index, Phase.DOWN_PROJ)
+def check_down_proj(p: PhaseRun) -> None:
     slices, width = p.size("down_slices"), p.size("intermediate_size")
     inputs = [p.put_bf16(rank, "off_gate", width) for rank in p.ranks]
     p.launch()
@@ -177,6 +175,29 @@ def test_down_proj(make_device, index):
         for j, x in enumerate(np.split(to_float32(inputs[rank]), slices, axis=1)):
             expected = tolerance.product(Bounded.exact(x), p.models[rank].matrices("down_proj", p.layer)[j])
             check(f"down_proj of rank {rank}, slice {j}", got[rank * slices + j], expected)
+
+
+@every_case(Phase.DOWN_PROJ)
+def test_down_proj(make_device, index):
+    check_down_proj(make_run(make_device, index, Phase.DOWN_PROJ))
+
+
+def many_tiles(tiles: int, rows: int) -> Case:
+    """Units of so many tiles, the last of them often short; blocks of one to five units, some claimed."""
+    sizes = {"hidden_size": 128 if tiles % 2 else 64, "intermediate_size": TILE_K * tiles - 96 * (tiles % 3)}
+    config = model(head_dim=32, num_attention_heads=2, num_key_value_heads=1, vocab_size=40, **sizes)
+    options = {"max_rows": rows, "num_slots": 1, "max_model_len": 256, "strategy": Strategy.ONE_SHOT_LOCAL}
+    chunks = (Chunk(0, 3, rows, True),)
+    return Case(f"{tiles} tiles", tiles, config, 3 + tiles % 4, chunks, options | {"one_shot_rows": 0, "down_slices": 1})
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("tiles", range(1, 9))
+@uses(lambda tiles, rows: [only(many_tiles(tiles, rows), Phase.DOWN_PROJ)])
+def test_units_of_many_tiles(make_device, tiles, rows):
+    """Groups of one and two tiles, one to eight to a unit: where a group's weights come from and go to differs for each number."""
+    case, options = only(many_tiles(tiles, rows), Phase.DOWN_PROJ)
+    check_down_proj(PhaseRun(make_device, case, **options))
 
 
 def candidates(p: PhaseRun, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
