@@ -172,9 +172,8 @@ def aborted_threads(source=None, trials: int = 80, first: int = 0) -> int:
         rng = np.random.default_rng(first)
         for trial in range(first, first + trials):
             hostile = {"preempt": int(rng.choice([4, 16, 64])), "delay_copies": True, "stalls": trial % 2 == 1}
-            last = (
-                dispatches if trial < first + trials * 3 // 4 else dispatches // 3
-            )  # some early: layer 0 has a way without a vote
+            early = trial >= first + trials * 3 // 4  # in the first layer there is a way without a vote
+            last = dispatches // 3 if early else dispatches
             kernel.run(Schedule(trial, {"mode": "random", "abort_step": int(rng.integers(1, last)), **hostile}))
     finally:
         kernel.close()
