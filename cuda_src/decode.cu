@@ -62,8 +62,7 @@ DEV bool decode_step(Block& b) {
       const bool multiplies = multiplies_in(phase, b.waiter.layer, b.shared->num_sampling);
       if (phase == Phase::kQkv || phase == Phase::kLmHead) mark_clock(b, Mark::kPair);
       mark(b, Mark::kBegin);
-      Groups taken;
-      forget(taken);
+      Groups taken{};  // nothing of the phase before: that would live in local memory across all between
       if (!prepare(b, multiplies, [&] { if (multiplies) take_ahead(b, taken); })) return false;
       mark(b, Mark::kReady, multiplies);
       if (multiplies) multiply(b, phase, taken);

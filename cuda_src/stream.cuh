@@ -175,9 +175,6 @@ struct Group {
 struct Groups {  // in turn
   Group even, odd;
 };
-DEV void forget(Groups& groups) {
-  UNROLL for (int i = 0; i < kGroup; i++) share_forget(groups.even.share[i]), share_forget(groups.odd.share[i]);
-}
 DEV int tiles_of_unit(int k) { return divide_up(k, kTileK); }
 DEV int tiles_of_group(int k) { return smaller(tiles_of_unit(k), group_tiles()); }  // the last may be smaller
 DEV int groups_of_unit(int k) { return divide_up(tiles_of_unit(k), tiles_of_group(k)); }

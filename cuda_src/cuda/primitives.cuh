@@ -49,8 +49,6 @@ DEV u32 pack_bf16(float low, float high) {  // round to nearest even
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
-// What the variable holds is of no use any more. The compiler would keep what it cannot know to be dead, in local memory if need be.
-DEV void forget(u32& v) { asm("" : "=r"(v)); }
 DEV float fast_exp(float x) { return __expf(x); }
 DEV float reciprocal_sqrt(float x) { return rsqrtf(x); }
 DEV float fast_divide(float a, float b) { return __fdividef(a, b); }  // 0 where |b| is above 2^126

@@ -38,14 +38,6 @@ struct Share {
   uint4 w[kShareChunks];        // lane (n, quarter) of a chunk: k pairs 0-3 of output row n, at k = 8 * quarter
   u32 x[kShareChunks][kPairs];  // where the operand is not held
 };
-// What it holds is of no use any more.
-DEV void share_forget(Share& share) {
-  UNROLL for (int j = 0; j < kShareChunks; j++) {
-    uint4& w = share.w[j];
-    forget(w.x), forget(w.y), forget(w.z), forget(w.w);
-    UNROLL for (int i = 0; i < kPairs; i++) forget(share.x[j][i]);
-  }
-}
 // x: bf16 [chunks, max_rows, 32]; rows: how many of max_rows are live. A lane beyond them takes the last one's activations again: no
 // branch, no bank conflict, and its sums are not stored. What lies beyond the last of `chunks` is zero.
 DEV void load_pairs(u32 (&to)[kPairs], const char* x, int c, int chunks, int rows) {

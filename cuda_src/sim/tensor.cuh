@@ -22,7 +22,6 @@ struct Share {
   const char* x;
   int count;
 };
-DEV void share_forget(Share&) {}
 DEV void share_weights(Share& share, const char* tile, const char* x, int t, int chunks, int warp) {
   share.count = 0;
   share.x = x + (t * (kTileK / 32) + warp) * 64 * shape().max_rows;

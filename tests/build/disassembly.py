@@ -1,4 +1,4 @@
-"""Reading SASS: basic blocks of opcodes, from nvdisasm (the wheel nvidia-cuda-nvdisasm, or a CUDA toolkit on PATH)."""
+"""Reading SASS: basic blocks of opcodes, from nvdisasm (the wheel nvidia-cuda-nvdisasm, or a CUDA toolkit on PATH). And PTX: its registers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,23 @@ from pathlib import Path
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)")
 _LABEL = re.compile(r"^\s*\.L_\w+:")
 _LEAVES = {"BRA", "BRX", "JMP", "JMX", "EXIT", "CALL", "RET", "BSYNC", "BREAK"}
+
+
+_REGISTER = re.compile(r"%[a-z]+\d+")
+# braces of scopes, [label:] [@guard] opcode destination [, sources]. A destination may be several in braces or parentheses, and in brackets is an address
+_STATEMENT = re.compile(r"[\s{})]*(?:\S+:)?[\s{]*(?P<guard>@!?\S+\s+)?[a-z][\w.:]*\s+(?P<to>\{[^}]*\}|\([^)]*\)|[^\[,]*)(?P<rest>.*)", re.DOTALL)
+
+
+def unwritten_registers(ptx: str) -> set[str]:
+    """Virtual registers that PTX reads and nowhere writes. PTX says nothing of their value, and ptxas may give one machine register to one
+    of them and to what is copied from it on other ways: wrong code wherever two such copies are alive together.
+    """
+    read, written = set(), set()
+    for statement in re.sub(r"//[^\n]*|^\s*\.[^\n]*", "", ptx, flags=re.MULTILINE).split(";"):
+        if match := _STATEMENT.match(statement.strip()):
+            written.update(_REGISTER.findall(match["to"]))
+            read.update(_REGISTER.findall((match["guard"] or "") + match["rest"]))
+    return read - written
 
 
 def nvdisasm() -> str | None:

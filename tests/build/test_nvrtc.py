@@ -14,7 +14,7 @@ from tests.gpu.bench import KERNELS, make_shape
 from tests.sim.litmus import LITMUS, source
 from tests.sim.litmus import make_shape as litmus_shape
 
-from .disassembly import basic_blocks, nvdisasm
+from .disassembly import basic_blocks, nvdisasm, unwritten_registers
 from .shapes import CASES, MACHINES
 
 THREADS = abi.NUM_WARPS * 32
@@ -70,7 +70,22 @@ def check_ptx(ptx: str) -> None:
         ("mbarrier.try_wait.parity.acquire.cta", "tiles are awaited on mbarriers"),
     ):
         assert instruction in ptx, f"{instruction} is missing from the PTX: {why}"
+    assert not unwritten_registers(ptx), "what an empty asm writes, nothing does"
     assert ".local" not in ptx, "an array is indexed by a number that the compiler does not know, and lives in local memory"
+
+
+def test_a_register_that_nothing_writes_is_found():
+    ptx = """
+    {
+        .reg .b32 %r<9>;
+        ld.global.v2.u32 {%r1, %r2}, [%rd1];  // rd1 as well
+        @%p1 mov.u32 %r3, %r4;
+    $L1: setp.eq.s32 %p1, %r2, 0; st.global.u32 [%rd2], %r1;
+        mul.wide.u32 %rd2, %r3, 4;
+        // begin inline asm
+        { .reg .pred p; mbarrier.test_wait.parity.b64 p, [%r5], %r6; selp.u32 %r6, 1, 0, p; }
+    }"""
+    assert unwritten_registers(ptx) == {"%rd1", "%r4", "%r5"}
 
 
 def check_sass(blocks: list[list[str]], tuned: bool) -> None:
