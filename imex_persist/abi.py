@@ -367,11 +367,15 @@ def descriptor_check(words: Iterable[int]) -> int:
     """The check word of a descriptor's other fifteen: the sum of what each, with its place, is mixed to. That is one-to-one, so a line in
     which one word is still an old one never fits, and one with several fits as often as 32 random bits do. The sum of the words
     themselves would forgive two that differ alike."""
-    check = 0
-    for i, word in enumerate(words, 1):
-        mixed = (word ^ i * DESCRIPTOR_MAGIC & 0xFFFFFFFF) * DESCRIPTOR_FACTOR & 0xFFFFFFFF
-        check += (mixed ^ mixed >> 15) * DESCRIPTOR_FACTOR
-    return check & 0xFFFFFFFF
+    return sum(_mixed(i, word) if word else of_zero for i, (word, of_zero) in enumerate(zip(words, _MIXED_ZEROS, strict=True))) & 0xFFFFFFFF
+
+
+def _mixed(i: int, word: int) -> int:
+    mixed = (word ^ (i + 1) * DESCRIPTOR_MAGIC & 0xFFFFFFFF) * DESCRIPTOR_FACTOR & 0xFFFFFFFF
+    return (mixed ^ mixed >> 15) * DESCRIPTOR_FACTOR
+
+
+_MIXED_ZEROS = [_mixed(i, 0) for i in range(15)]  # most words of most descriptors
 
 
 STRUCTS = {

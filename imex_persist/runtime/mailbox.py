@@ -19,12 +19,13 @@ from typing import NamedTuple
 from imex_persist import abi
 from imex_persist.runtime.sampling import Sampling
 
-_WORDS = struct.Struct("16I")  # native: each word is one store
+_WORDS = struct.Struct("16I")
 _RECORD = struct.Struct("8Q")  # native: payload and tag of a word come by one load
 _MASK = 0xFFFFFFFF
 _DESCRIPTORS = abi.Mailbox.fields["descriptors"][1]
 _RECORDS = abi.Mailbox.fields["records"][1]
 _ARENA = abi.Mailbox.itemsize
+_LINES = [slice(at, at + _WORDS.size) for at in range(_DESCRIPTORS, _RECORDS, _WORDS.size)]  # where descriptors go
 
 
 def _header(field: str) -> int:
@@ -48,7 +49,7 @@ class RecordEntry(NamedTuple):
     @classmethod
     def of(cls, words: Sequence[int]) -> RecordEntry:
         """From the eight words of one that is there."""
-        kind, request, token, index, finish, _, low, high = (word & _MASK for word in words)  # abi.RECORD_WORDS
+        kind, request, token, index, finish, _, low, high = [word & _MASK for word in words]  # abi.RECORD_WORDS
         return cls(words[0] >> 32, kind, request, token, index, finish, high << 32 | low)
 
     @property
@@ -86,7 +87,7 @@ class Mailbox:
         self._u4, self._u8 = view.cast("I"), view.cast("Q")
         self._posted = 0  # sequence number of the last descriptor
         self._acked = 0
-        self._read = 0  # sequence number of the last record
+        self._has_read(0)
         self._lock = threading.Lock()
         self._fence = threading.Lock()
 
@@ -128,7 +129,7 @@ class Mailbox:
         min_tokens: int,
         cached_len: int = 0,
         sampling: Sampling | None = None,
-    ) -> tuple[int, ...]:
+    ) -> bytes:
         """Fills the slot's arena and makes the descriptor that `post` then stores; see `prepare`."""
         words = [*prompt, *pages, *stop, *(sampling.words if sampling else ())]
         if slot >= self.layout.num_slots or len(words) > self.layout.region:
@@ -160,34 +161,38 @@ class Mailbox:
     def _post(self, command: int, *words: int) -> int:
         return self.post(self.prepare(command, *words))
 
-    def prepare(self, command: int, *words: int) -> tuple[int, ...]:
-        """The sixteen words of the next descriptor, for `post`, which then is one store each. Nobody may post in between."""
+    def prepare(self, command: int, *words: int) -> bytes:
+        """The next descriptor's line, for `post`, which then is one copy. Nobody may post in between."""
         entry = [(self._posted + 1) & _MASK, int(command), *words]
         entry += [0] * (15 - len(entry))
-        return (*entry, abi.descriptor_check(entry))
+        return _WORDS.pack(*entry, abi.descriptor_check(entry))
 
-    def post(self, entry: tuple[int, ...]) -> int:
-        sequence = entry[0]
-        _WORDS.pack_into(self._view, _DESCRIPTORS + (sequence - 1) % abi.DESCRIPTOR_SLOTS * _WORDS.size, *entry)
-        self._posted = sequence
-        return sequence
+    def post(self, line: bytes) -> int:
+        self._view[_LINES[self._posted % abi.DESCRIPTOR_SLOTS]] = line
+        self._posted = (self._posted + 1) & _MASK
+        return self._posted
 
     # ---------------------------------------------------------------------------------------- records
     def await_record(self, looks: int) -> bool:
         """Whether there is something to `poll` within so many looks, each as short as Python can make it."""
-        words, at, tag = self._u8, (_RECORDS + self._read % abi.RECORD_SLOTS * _RECORD.size) // 8 + 7, (self._read + 1) & _MASK
+        words, last, tag = self._u8, self._next_last, self._next_tag
         for _ in range(looks):  # noqa: SIM110  a generator takes longer
-            if words[at] >> 32 == tag and self._next_words():
+            if words[last] >> 32 == tag and self._next_words():  # most looks end at its last word
                 return True
         return False
 
+    def _has_read(self, sequence: int) -> None:
+        """The last record's number; so which tag the next one has, and where it and its last word will be."""
+        self._read = sequence
+        self._next_tag = (sequence + 1) & _MASK
+        self._next_at = _RECORDS + sequence % abi.RECORD_SLOTS * _RECORD.size
+        self._next_last = self._next_at // 8 + 7
+
     def _next_words(self) -> tuple[int, ...] | None:
         """The words of the next record, once all of them are its own."""
-        sequence, offset = (self._read + 1) & _MASK, _RECORDS + self._read % abi.RECORD_SLOTS * _RECORD.size
-        if self._u8[offset // 8 + 7] >> 32 != sequence:  # most looks end here
-            return None
-        words = _RECORD.unpack_from(self._view, offset)
-        return words if min(words) >> 32 == sequence == max(words) >> 32 else None
+        a, b, c, d, e, f, g, h = words = _RECORD.unpack_from(self._view, self._next_at)
+        its = self._next_tag == a >> 32 == b >> 32 == c >> 32 == d >> 32 == e >> 32 == f >> 32 == g >> 32 == h >> 32
+        return words if its else None
 
     def poll(self, limit: int = abi.RECORD_SLOTS) -> list[RecordEntry]:
         """The records that have come since, at most `limit`, oldest first; acknowledgements are counted on the way."""
@@ -197,7 +202,7 @@ class Mailbox:
             if record.kind == abi.Record.ACK:
                 self._acked = record.token
             found.append(record)
-            self._read = record.sequence
+            self._has_read(record.sequence)
         if found:
             self._order()  # the records are copied before their places are given back, and a slot's arena after its RELEASE
             self._u4[_READ] = self._read

@@ -33,7 +33,8 @@ def device_of_one_rank(device, world):
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_block_of_every_rank_has_the_sum(variant, world):
     """Rows from one to all; LANES=1; schedules at random, with late and split stores, and blocks that stand still."""
-    run = make(variant, world, mode="random", delay=True, stalls=True, slices=2 if world < 4 else 1)
+    slices = 2 if world < 4 else 1
+    run = make(variant, world, hidden=32 * (1 + world), slices=slices, mode="random", delay=True, stalls=True)
     for seed in range(SEEDS):
         run.probe.device.config.seed = seed
         assert run.run(1 + seed % 3, 5) == []

@@ -92,11 +92,12 @@ def test_logits(make_device, index):
 LONG = with_options(replace(MODELS[4], num_blocks=4), max_rows=16, world_size=2)
 
 
-@uses(lambda: [(LONG, {"tap": True})])
-def test_long_context(make_device):
+@pytest.mark.parametrize("rounded", [False, True])
+@uses(lambda rounded: [(LONG, {"tap": True, "float24_partials": rounded})])
+def test_long_context(make_device, rounded):
     """A prompt whose last positions attend to runs that are merged, over several pages, chunk after chunk."""
     case = LONG
-    run = run_whole(make_device, case, [{"prompt": prompt_of(case, 270), "max_tokens": 3}], tap=True)
+    run = run_whole(make_device, case, [{"prompt": prompt_of(case, 270), "max_tokens": 3}], tap=True, float24_partials=rounded)
     assert run.shape["max_splits"] > 1
     assert run.words(0, "off_split", int(run.shape["off_attn"] - run.shape["off_split"])).any()
     check_greedy(run)
