@@ -1,4 +1,4 @@
-"""Reading SASS: basic blocks of opcodes, from nvdisasm (the wheel nvidia-cuda-nvdisasm, or a CUDA toolkit on PATH). And PTX: its registers."""
+"""Reading machine code: basic blocks of opcodes, from nvdisasm (the wheel nvidia-cuda-nvdisasm, or a CUDA toolkit on PATH); and PTX."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ _LEAVES = {"BRA", "BRX", "JMP", "JMX", "EXIT", "CALL", "RET", "BSYNC", "BREAK"}
 
 
 _REGISTER = re.compile(r"%[a-z]+\d+")
-# braces of scopes, [label:] [@guard] opcode destination [, sources]. A destination may be several in braces or parentheses, and in brackets is an address
-_STATEMENT = re.compile(r"[\s{})]*(?:\S+:)?[\s{]*(?P<guard>@!?\S+\s+)?[a-z][\w.:]*\s+(?P<to>\{[^}]*\}|\([^)]*\)|[^\[,]*)(?P<rest>.*)", re.DOTALL)
+# Of a statement, after scopes' braces and a label: guard, opcode, destination, sources. A destination may be several in braces or
+# parentheses; in brackets it is an address, so a source.
+_STATEMENT = re.compile(
+    r"[\s{})]*(?:\S+:)?[\s{]*(?P<guard>@!?\S+\s+)?[a-z][\w.:]*\s+(?P<to>\{[^}]*\}|\([^)]*\)|[^\[,]*)(?P<rest>.*)", re.DOTALL
+)
 
 
 def unwritten_registers(ptx: str) -> set[str]:
