@@ -367,7 +367,10 @@ def descriptor_check(words: Iterable[int]) -> int:
     """The check word of a descriptor's other fifteen: the sum of what each, with its place, is mixed to. That is one-to-one, so a line in
     which one word is still an old one never fits, and one with several fits as often as 32 random bits do. The sum of the words
     themselves would forgive two that differ alike."""
-    return sum(_mixed(i, word) if word else of_zero for i, (word, of_zero) in enumerate(zip(words, _MIXED_ZEROS, strict=True))) & 0xFFFFFFFF
+    return (
+        sum(_mixed(i, word) if word else of_zero for i, (word, of_zero) in enumerate(zip(words, _MIXED_ZEROS, strict=True)))
+        & 0xFFFFFFFF
+    )
 
 
 def _mixed(i: int, word: int) -> int:
