@@ -222,8 +222,8 @@ DEV void publish_plan(MailboxWarp& m, u32 rows, Command command) {
   const u32 step = m.published, epoch = plan_epoch(step);
   const bool new_pages = m.new_tables == NewTables::kNextPlan;
   if (new_pages) {
-    fence_sys();  // this lane's part of page tables, before the header that tells of them
     warp_sync();
+    fence_sys();  // all lanes' parts of page tables, before lane 0's header that tells of them: so after they met
   }
   m.new_tables = m.new_tables == NewTables::kPlanAfterNext ? NewTables::kNextPlan : NewTables::kNone;
   const u32* tables = page_table(m.params, m.params->rank);  // all entries are this warp's own stores

@@ -3,8 +3,9 @@
 // Who owns what: unit u of the rank's vocabulary (8 tokens) is block u % num_blocks's, as lm_head deals its first rounds; a quad of
 // tokens is one thread's. Counts and scaled logits are touched by that thread alone, so program order is all they need.
 //
-// Reuse of the logits' words: an adder stores those of step s + 1 after its block passed `sample` of step s, which waited for a word of
-// every block; each sends it after fetch_logits, with consumer barriers in between. Of the sampling words: as of the plan's.
+// Reuse of the logits' words: an adder stores those of step s + 1 in lm_head, so after an exchange of o_proj of that step, for which its block
+// has a word of every block of every rank; each sends it after it drew and after find_logprobs of step s, with consumer barriers in between.
+// Of the sampling words: as of the plan's.
 #pragma once
 #include "philox.cuh"
 #include "words.cuh"
@@ -30,7 +31,7 @@ DEV u32 sampling_offset(u32 step) { return shape().off_sampling + (step & 1) * s
 // What the search keeps of a row. The threshold is in (lo, hi]; f(lo) >= target > f(hi), f(t) being what is above key t.
 struct Search {
   u32 stage;     // kDecided, kTopK, kTopP
-  u32 begun;     // rounds of this stage
+  u32 begun;     // whether this stage has had a round
   u32 lo, hi;    // keys; in the end, what is above lo may be drawn
   u32 above_hi;  // tokens above hi
   u32 largest;   // the largest key

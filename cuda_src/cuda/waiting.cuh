@@ -13,7 +13,7 @@ struct Waiter {
 };
 // Called every so many failed polls, with when the wait began; true when the wait must end without what it waited for.
 // `idle` waits (for the next plan, and for whoever waits for those who do) have no deadline: only the abort word ends them.
-// A call with plain numbers, so that no Waiter needs an address and the fast path keeps everything in registers.
+// With plain numbers, so that no Waiter needs an address and the fast path keeps everything in registers.
 DEV bool give_up(const RankParams* params, Phase phase, u32 layer, Wait kind, bool idle, u32 source, u32 expected, u32 seen,
                  u64 began_ns);
 DEV bool aborted(const RankParams* params);  // has anybody given up?

@@ -110,7 +110,7 @@ struct Warp {
   u64 ready_at;  // dispatch at which it last ran or became ready
   Fiber* fibers;
   void* slot[LANES];                                   // what each lane brought to the collective
-  float scratch[2][kMaxRows * kChunk + 4 * kMaxRows];  // of flash.cuh, used in turn
+  float scratch[2][kMaxRows * kChunk + 4 * kMaxRows];  // of attention (tensor_lanes.cuh), used in turn
   u32 turn;
 };
 

@@ -20,7 +20,7 @@ SALT = 6
 SCHEDULES = 12
 LONG_ROWS = 16  # rows of configurations whose prompt is long enough to be cut into runs
 EXCHANGES = (
-    (Strategy.ONE_SHOT_LOCAL, None), (Strategy.ONE_SHOT_LOCAL, 0), (Strategy.TWO_SHOT, 0), (Strategy.TWO_SHOT, 1), (Strategy.SEMAPHORE, 0),
+    (Strategy.ONE_SHOT, None), (Strategy.ONE_SHOT_LOCAL, 0), (Strategy.TWO_SHOT, 0), (Strategy.TWO_SHOT, 1), (Strategy.SEMAPHORE, 0),
 )  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def configuration(number: int, lanes: int | None = None) -> Configuration:
 def tiny(number: int, lanes: int = 32) -> Configuration:
     """As small as a configuration gets that still has every kind of phase, row and exchange: for ThreadSanitizer."""
     world, strategy, one_shot_rows, slices = (
-        (1, Strategy.ONE_SHOT_LOCAL, None, 1), (2, Strategy.TWO_SHOT, 0, 2), (2, Strategy.ONE_SHOT_LOCAL, 0, 1),
+        (1, Strategy.ONE_SHOT, None, 1), (2, Strategy.TWO_SHOT, 0, 2), (2, Strategy.ONE_SHOT_LOCAL, 0, 1),
     )[number]  # fmt: skip
     config = model(
         hidden_size=32, head_dim=32, num_attention_heads=2, num_key_value_heads=world, intermediate_size=64, vocab_size=24,

@@ -45,7 +45,7 @@ KV = (
     one("table_reader_without_fence", "page tables are read before this block has to see them", "plan.cuh",
         "if (pair == 0 && words[0][0] & kPlanNewPages) fence_sys();", "", **DRILL),
     one("table_writer_without_fence", "a plan overtakes the page table of its rows", "mailbox.cuh",
-        "    fence_sys();  // this lane's part of page tables", "    // this lane's part of page tables", **DRILL),
+        "    fence_sys();  // all lanes' parts of page tables", "    // all lanes' parts of page tables", **DRILL),
     one("table_never_told", "no plan tells of the page table of a prompt from position 0", "mailbox.cuh",
         "m.new_tables == NewTables::kPlanAfterNext ? NewTables::kNextPlan : NewTables::kNone;", "NewTables::kNone;", **DRILL),
     Mutation("append_before_o_proj", "pages are written while other blocks' copies of them are in flight",

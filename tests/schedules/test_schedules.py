@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from imex_persist.abi import Draw
+from imex_persist.abi import Draw, Strategy
 
 from . import drills
 from .campaign import describe, replay_command, run_seeds
@@ -53,8 +53,10 @@ def test_what_is_drawn():
     assert {c.options["world_size"] for c in cases} == {1, 2, 3, 4}
     assert {c.options["down_slices"] for c in cases} == {1, 2}
     assert {c.options["max_rows"] for c in cases} >= {1, 2, 3, 4, 16}
-    assert {c.options["strategy"] for c in cases} == {1, 2, 3}
-    assert {c.options["one_shot_rows"] for c in cases} >= {None, 0, 1}
+    assert {c.options["strategy"] for c in cases} == set(Strategy)
+    one_shot, local, two_shot = Strategy.ONE_SHOT, Strategy.ONE_SHOT_LOCAL, Strategy.TWO_SHOT
+    planned = {(c.options["strategy"], min(int(c.shape()["one_shot_rows"]), 2)) for c in cases}  # rows that go in one shot
+    assert planned >= {(one_shot, 1), (one_shot, 2), (local, 0), (two_shot, 0), (two_shot, 1)}
     assert {c.max_stages for c in drawn} == set(range(4, 13))
     assert {c.case.num_blocks for c in drawn} >= {*range(2, 9), 132}
     assert {len(c.requests) for c in drawn} == {1, 2, 3}
