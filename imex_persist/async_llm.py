@@ -99,9 +99,7 @@ class AsyncLLM:
         return self._llm.max_model_len
 
     async def _submit(self, stream: _Stream, request_id: str, prompt: inputs.Prompt, params, post: _Post) -> None:
-        if params is not None and params.n > 1:
-            raise ValueError(f"n is {params.n}: a stream has one completion; call generate several times")
-        prepared = await asyncio.to_thread(self._llm._prepare, [prompt], params)
+        prepared = await asyncio.to_thread(self._llm._prepare_one, prompt, params)
         ((text, submission),), (params,) = prepared
         request = self.engine.submit(submission, lambda event: post.put(stream, event))
         # events are looked at when this function has returned to the loop, so the completion is there for the first

@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit as error:  # argparse has said why
             return int(error.code or 0)
         settings.apply(args)
-        return args.run(args) or EXIT_DONE
+        code = args.run(args) or EXIT_DONE
+        sys.stdout.flush()  # a full disk or a reader that has gone is found here, not when Python ends
+        return code
     except (
         ValueError,
         DeviceError,
@@ -43,10 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImexError as error:
         return _fail(error, EXIT_FAULT)
     except BrokenPipeError:  # `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_output_go()
         return EXIT_DONE
+    except OSError as error:  # a full disk, an output that cannot be written
+        _let_output_go()
+        return _fail(error, EXIT_FAULT)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _let_output_go() -> None:
+    """What still cannot be written is dropped: else Python tries again as it ends, and says so."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: Exception, code: int) -> int:

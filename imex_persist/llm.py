@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import queue
-import weakref
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from imex_persist.model.load import load_model
 from imex_persist.outputs import RequestOutput
 from imex_persist.runtime import capacity, inputs, startup, strategy, weights
 from imex_persist.runtime.completion import Completion, CompletionStream, grouped
+from imex_persist.runtime.dropping import Ending
 from imex_persist.runtime.engine import Engine
 from imex_persist.runtime.group import Group
 from imex_persist.runtime.peers import check_peers
@@ -65,7 +66,7 @@ class LLM:
         except BaseException:
             self.group.close()
             raise
-        self._finalizer = weakref.finalize(self, _end, self._engine, self.group)
+        self._ending = Ending(self, partial(_end, self._engine, self.group))
         for line in startup.lines(self.shape, self.group, capacity.fixed_bytes(self.model.config, self.shape)):
             log(line)
 
@@ -92,9 +93,7 @@ class LLM:
 
     def stream(self, prompt: inputs.Prompt, sampling_params: SamplingParams | None = None) -> CompletionStream:
         """Yields what is new after every token; the last has a finish reason. Dropping the iterator cancels the request."""
-        if sampling_params is not None and sampling_params.n > 1:
-            raise ValueError(f"n is {sampling_params.n}: a stream has one completion; use generate, or several streams")
-        ((text, submission),), (params,) = self._prepare([prompt], sampling_params)
+        ((text, submission),), (params,) = self._prepare_one(prompt, sampling_params)
         request = self._engine.submit(submission)
         return CompletionStream(self._completion(request, text, params))
 
@@ -106,7 +105,7 @@ class LLM:
     # ---------------------------------------------------------------------------------------- life
     def close(self) -> None:
         """Ends all requests, the kernel and the processes. May be called twice."""
-        self._finalizer()
+        self._ending()
 
     def __enter__(self) -> LLM:
         return self
@@ -151,10 +150,15 @@ class LLM:
             prepared.append((text, submission))
         return prepared, params
 
+    def _prepare_one(self, prompt: inputs.Prompt, given) -> tuple[list, list[SamplingParams]]:
+        """`_prepare` for a stream. Raises ValueError also for n above 1."""
+        (params,) = inputs.params_for([prompt], given, GREEDY)
+        if params.n > 1:
+            raise ValueError(f"n is {params.n}: a stream has one completion; use generate, or several streams")
+        return self._prepare([prompt], params)
+
     def _render(self, messages) -> list[dict]:
-        if not messages:
-            raise ValueError("messages is empty: give at least one message with role and content")
-        conversations = [messages] if isinstance(messages[0], dict) else list(messages)
+        conversations = inputs.as_conversations(messages)
         return [inputs.render_chat(conversation, self.model) for conversation in conversations]
 
     def _complete(self, prepared: list, params: list[SamplingParams]) -> list[RequestOutput]:

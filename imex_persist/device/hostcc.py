@@ -42,7 +42,7 @@ class Compiler:
 def find_compiler(cxx: str | None = None) -> Compiler:
     """`cxx`, else $CXX, g++, clang++, or the ziglang wheel's; DeviceError if this host has none of them."""
     wanted = cxx or os.environ.get("CXX")
-    candidates = [tuple(shlex.split(wanted))] if wanted else [("g++",), ("clang++",)]
+    candidates = [_words(wanted)] if wanted else [("g++",), ("c++",), ("clang++",)]
     if not wanted and importlib.util.find_spec("ziglang"):
         candidates.append((sys.executable, "-m", "ziglang", "c++"))
     for command in candidates:
@@ -56,10 +56,24 @@ def find_compiler(cxx: str | None = None) -> Compiler:
     )
 
 
+def _words(command: str) -> tuple[str, ...]:
+    try:
+        if words := tuple(shlex.split(command)):
+            return words
+    except ValueError as error:
+        raise DeviceError(
+            f"the C++ compiler {command!r} is no command ({error}); name one that is in CXX, or unset it"
+        ) from None
+    raise DeviceError(f"the C++ compiler {command!r} is no command; name one that is in CXX, or unset it")
+
+
 @lru_cache
 def _version(program: str, command: tuple[str, ...]) -> str:
     """What the compiler at `program` says of itself; "" if it does not run."""
-    answer = subprocess.run([program, *command[1:], "--version"], capture_output=True, text=True)
+    try:
+        answer = subprocess.run([program, *command[1:], "--version"], capture_output=True, text=True)
+    except OSError:  # no program that this machine knows
+        return ""
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
 

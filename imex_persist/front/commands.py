@@ -44,7 +44,8 @@ def _config(args: argparse.Namespace) -> int:
     else:
         for name, source in args.sources.items():
             value = getattr(args, name)
-            print(f"{name} = {'chosen from model and machine' if value is None else value}  ({source})")
+            none = "not given" if name == "model" else "chosen from model and machine"
+            print(f"{name} = {none if value is None else value}  ({source})")
     return 0
 
 

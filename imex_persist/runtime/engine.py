@@ -65,7 +65,7 @@ class Engine:
         self._wake = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
-        self._lock = threading.Lock()  # starting the thread, and no inbox entry after the end
+        self._lock = threading.Lock()  # starting the thread, and no request in the inbox after the end
         self._thread: threading.Thread | None = None
 
     # ---------------------------------------------------------------------------------------- any thread
@@ -104,16 +104,17 @@ class Engine:
                 f"the kernel has not taken the last {abi.DESCRIPTOR_SLOTS} descriptors yet: try again later, or submit with wait=True"
             )
         request = Request(next(self._ids) & 0xFFFFFFFF, submission, sink)
-        self._send("submit", request)
+        self._send(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request early: it gets an "abort" event, unless it has ended by then. Returns at once."""
+        """Ends a request early: it gets an "abort" event, unless it has ended by then. Returns at once.
+
+        Takes no lock and wakes nobody, since the garbage collector may call it in the middle of whatever holds one: while a request has
+        not ended, the engine looks into its inbox every PAUSE_S at least.
+        """
         if not request.finished:
-            try:
-                self._send("cancel", request)
-            except ImexError:
-                pass  # the group has ended and the request with it
+            self._inbox.append(("cancel", request))
 
     def fail(self, error: Exception) -> None:
         """Ends every request with `error`, after the tokens that are in the ring. For the group's watching thread."""
@@ -154,7 +155,7 @@ class Engine:
     def free_slots(self) -> int:
         return len(self._slots)
 
-    def _send(self, what: str, request: Request) -> None:
+    def _send(self, request: Request) -> None:
         with self._lock:
             if self._error is not None:
                 raise self._error
@@ -164,7 +165,7 @@ class Engine:
                 self._thread = threading.Thread(target=self._run, name="imex-engine", daemon=True)
                 self._thread.start()
             self._idle.clear()
-            self._inbox.append((what, request))
+            self._inbox.append(("submit", request))
             self._wake.set()
 
     # ---------------------------------------------------------------------------------------- the engine's thread
@@ -199,7 +200,7 @@ class Engine:
                     if self._mailbox.steps == steps and self._on_silence is not None:
                         self._on_silence()
                     steps = self._mailbox.steps
-                self._wake.wait(pause)  # so that a cancel leaves at once
+                self._wake.wait(pause)  # so that a request leaves at once
                 pause = min(PAUSE_S, pause * 1.5)
             else:
                 self._rest()
@@ -305,9 +306,11 @@ class Engine:
         request.tell(TokenEvent(None, reason, 0, time.perf_counter()))
 
     def _end_all(self, error: Exception | None) -> None:
+        waiting = []
         with self._lock:  # from here on _send raises
-            waiting = [request for what, request in self._inbox if what == "submit"]
-            self._inbox.clear()
+            while self._inbox:  # `cancel` may append meanwhile
+                what, request = self._inbox.popleft()
+                waiting += [request] if what == "submit" else []
         for request in [*self._resident.values(), *self._queue, *waiting]:
             if error is not None:
                 request.tell(error)

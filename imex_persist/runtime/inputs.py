@@ -13,6 +13,7 @@ from imex_persist.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping
 Prompts = Prompt | Sequence[Prompt]
+_MESSAGE = "{'role': …, 'content': …}"
 _ALLOWED = "a string, a list of token ids, {'prompt': …} or {'prompt_token_ids': …} is allowed"
 
 
@@ -68,15 +69,28 @@ def to_ids(prompt: Prompt, model: Model) -> tuple[str | None, list[int]]:
     return None, _checked_ids(prompt, model)
 
 
+def as_conversations(given) -> list[Sequence[Mapping]]:
+    """One conversation or several as a list of them."""
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        raise ValueError(
+            f"messages of type {type(given).__name__} were given: a list of {_MESSAGE}, or a list of such lists is allowed"
+        )
+    if not len(given):
+        raise ValueError("messages is empty: give at least one message with role and content")
+    return [given] if isinstance(given[0], Mapping) else list(given)
+
+
 def render_chat(conversation, model: Model) -> dict:
     """A conversation as a prompt, with the model's template and the start of the assistant's answer."""
+    if isinstance(conversation, (str, bytes)) or not isinstance(conversation, Sequence):
+        raise ValueError(f"a conversation is {conversation!r}: a list of {_MESSAGE} is allowed")
     for message in conversation:
         if (
             not isinstance(message, Mapping)
             or not isinstance(message.get("role"), str)
             or not isinstance(message.get("content"), str)
         ):
-            raise ValueError(f"a message is {message!r}: {{'role': …, 'content': …}} with strings is allowed")
+            raise ValueError(f"a message is {message!r}: {_MESSAGE} with strings is allowed")
     tokenizer = model.require_tokenizer()
     messages = [dict(message) for message in conversation]
     return {"prompt": tokenizer.apply_chat_template(messages), "prompt_token_ids": tokenizer.encode_chat(messages)}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,7 +114,7 @@ def test_config_prints_values_and_sources(capsys, monkeypatch):
     shown = json.loads(capsys.readouterr().out)
     assert shown["seed"] == {"value": 7, "source": "$IMEX_SEED"} and shown["tensor_parallel_size"]["source"] == "flag"
     assert main(["config"]) == 0
-    assert "seed = 7  ($IMEX_SEED)" in capsys.readouterr().out.splitlines()
+    assert {"seed = 7  ($IMEX_SEED)", "model = not given  (default)"} <= set(capsys.readouterr().out.splitlines())
 
 
 def test_every_setting_says_what_it_is():
@@ -133,3 +136,17 @@ def test_generate_needs_a_model_from_somewhere(capsys, monkeypatch):
     monkeypatch.setenv("IMEX_MODEL", "/nowhere")
     assert main(["generate", "--prompt", "x", "--device", "sim"]) == 2
     assert "/nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, where nothing can be written")
+def test_output_that_cannot_be_written_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "imex_persist", "config", "--markdown"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert re.fullmatch(r"imex-persist: error: .*No space left on device.*\n", done.stderr), done.stderr

@@ -46,6 +46,18 @@ def test_one_request(make_engine):
     assert (engine.free_slots, engine.free_pages) == (2, 16)
 
 
+@pytest.mark.timeout(20)
+def test_cancel_takes_no_lock(make_engine):
+    """The garbage collector cancels what is dropped, in whatever thread and place it runs: with any lock held, or inside a wait."""
+    engine, kernel = make_engine()
+    kernel.paused.set()
+    request = engine.submit(Submission((1, 2, 3), max_tokens=50))
+    with engine._lock, engine._wake._cond:
+        engine.cancel(request)
+    kernel.paused.clear()
+    assert finished(request)[1] == "abort" and engine.drain(5)
+
+
 def test_stop_tokens_and_min_tokens(make_engine):
     engine, _ = make_engine()
     tokens = expected((9,), 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from imex_persist import LLM, DeviceError, FaultError, SamplingParams
 from imex_persist.cli import main
+from tests.runtime.groups import all_gone, pids
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes share memory through /proc")
 CONFIG = {
@@ -137,6 +139,50 @@ def test_dropping_a_stream_cancels(llm):
     del stream
     assert llm.engine.drain(10)
     assert llm.engine.free_slots == 3
+
+
+class Session:
+    """A stream in a cycle, so that the garbage collector drops it, wherever that runs."""
+
+    def __init__(self, llm):
+        self.stream, self.me = llm.stream(PROMPT, greedy(max_tokens=200)), self
+
+
+@pytest.mark.timeout(120)
+def test_streams_that_the_collector_drops(llm):
+    before = gc.get_threshold()
+    gc.set_threshold(50)
+    try:
+        for _ in range(60):
+            next(Session(llm).stream)
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    assert llm.engine.drain(30)
+    assert llm.engine.free_slots == 3
+
+
+@pytest.mark.timeout(120)
+def test_an_llm_that_the_collector_drops(folder):
+    owner = {"llm": LLM(folder, load_format="dummy", device="sim", max_model_len=256)}
+    owner["me"] = owner  # only the collector finds it
+    owner["llm"].generate(PROMPT, greedy(max_tokens=3))
+    numbers = pids(owner["llm"].group)
+    del owner
+    gc.collect()
+    assert all_gone(numbers, 20)
+
+
+@pytest.mark.parametrize("given", [{"temperature": 0}, [SamplingParams(), SamplingParams()], [5]])
+def test_bad_parameters_of_a_stream(llm, given):
+    with pytest.raises(ValueError, match="sampling_params"):
+        llm.stream(PROMPT, given)
+
+
+@pytest.mark.parametrize("given", [{"role": "user", "content": "x"}, [5], "x", [[5]], [{"role": "user"}], []])
+def test_bad_conversations(llm, given):
+    with pytest.raises(ValueError, match=r"message|conversation"):
+        llm.chat(given)
 
 
 def test_an_exception_while_streaming_cancels(llm):

@@ -17,6 +17,16 @@ def test_a_compiler_from_the_environment_must_run(monkeypatch):
         hostcc.find_compiler()
 
 
+@pytest.mark.parametrize("command", ['"', " ", "odd"])
+def test_what_is_no_command(monkeypatch, command, tmp_path):
+    odd = tmp_path / "odd"
+    odd.write_bytes(b"\x00\x01")  # may be executed, says its mode; what it is no kernel knows
+    odd.chmod(0o755)
+    monkeypatch.setenv("CXX", str(odd) if command == "odd" else command)
+    with pytest.raises(DeviceError, match="unset it"):
+        hostcc.find_compiler()
+
+
 def test_no_compiler(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
