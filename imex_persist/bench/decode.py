@@ -35,12 +35,17 @@ class Plan:
         longest = max([*(c + self.steps + 2 for c in self.contexts), *(n + 2 for n in self.prompts), WARMUP_TOKENS + 2])
         return longest + 2
 
-    def settings(self) -> dict:
-        """Of the engine: room for every sequence at its longest."""
-        return {
-            "max_model_len": self.max_model_len(),
-            "max_num_seqs": max(self.rows, default=1),
-        }
+    def settings(self, max_rows: int) -> dict:
+        """Of the engine: room for every sequence at its longest.
+
+        Raises ValueError for too few `max_rows`: a token of every sequence would take several steps, and its bound is of one.
+        """
+        most = max(self.rows, default=1)
+        if max_rows < most:
+            raise ValueError(
+                f"max_rows is {max_rows} but --rows has {most}: a step must hold them all, use --max-rows {most} or fewer rows"
+            )
+        return {"max_model_len": self.max_model_len(), "max_num_seqs": most, "max_rows": max_rows}
 
 
 def measure(llm, plan: Plan, ceiling: Ceiling, in_the_middle: Callable[[], None]) -> list[dict]:

@@ -68,6 +68,11 @@ def _shapes(ranks: Ranks, todo: list[tuple[Variant, int, list[int]]]) -> list[np
 
 
 def check_sizes(sizes: list[int], hidden_size: int) -> None:
+    """Raises ValueError for what is no exchange."""
+    if hidden_size < 32:
+        raise ValueError(f"--hidden-size is {hidden_size}: at least 32 is needed")
+    if not sizes:
+        raise ValueError("--sizes needs at least one number above 0")
     for size in sizes:
         rows = -(-size // hidden_size)
         if size % (32 * rows) or size != min(size, hidden_size) * rows or rows > abi.MAX_ROWS:

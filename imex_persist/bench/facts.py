@@ -57,9 +57,21 @@ def packages() -> dict[str, str]:
     return found
 
 
-def describe(facts: dict, busy: list[dict] | None = None) -> list[str]:
-    """`where` as lines; `busy` is what `clocks` said in the middle of it."""
-    if facts["device"] == "sim":
+def is_virtual(record: dict) -> bool:
+    """Whether the device's times in a benchmark's record are virtual: the engine's ranks all in one simulator. What measures with kernels
+    of its own (bench/worker.py) counts wall time."""
+    return record["where"]["device"] == "sim" and len(record["where"]["cards"]) == 1 and "kernel" in record
+
+
+def describe(record: dict) -> list[str]:
+    """Where a benchmark's record is from, as lines."""
+    facts, busy = record["where"], record.get("busy")
+    if is_virtual(record):
+        lines = [
+            "simulator: these times say nothing about a GPU; a step's is virtual, 20 ns a turn of the scheduler, the host's and the floor "
+            "depend on this CPU and on what else runs on it, so a step's ratio to the floor means nothing"
+        ]
+    elif facts["device"] == "sim":
         lines = ["simulator: these times say nothing about a GPU, they depend on this CPU and on what else runs on it"]
     else:
         names = ", ".join(sorted({card["name"] for card in facts["cards"]}))

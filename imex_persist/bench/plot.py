@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from imex_persist.bench import facts
+from imex_persist.observe.command import check_outputs
 
 FORMATS = (".svg", ".png")
 OURS, FLOOR = "imex-persist", "floor: bytes ÷ read ceiling"
@@ -22,17 +23,32 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.suffix not in FORMATS:
         raise ValueError(f"--out is {args.out!r}: a name that ends in {' or '.join(FORMATS)} is allowed")
+    check_outputs(args, "out")
     record = _read(Path(args.file))
-    if record["bench"] == "decode":
-        rows = args.rows or min(row["rows"] for row in record["rows"] if row["kind"] == "decode")
-        series = list(step_series(record, rows))
-        labels = ("context, positions", "ms a step", f"{record['model']}, {rows} row{'s' * (rows != 1)}, TP {_tp(record)}")
-    else:
-        series = list(exchange_series(record))
-        labels = ("fp32 values to sum", "µs", f"all-reduce of {_tp(record)} ranks; ours ends in every SM")
-    foot = " · ".join(facts.describe(record["where"], record.get("busy")))
+    try:
+        series, labels = _steps(record, args.rows) if record["bench"] == "decode" else _exchanges(record)
+        foot = " · ".join(facts.describe(record))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{args.file} is not all that a bench writes ({error!r}): make one with --output-json") from None
     _draw(series, labels, foot, out, logarithmic=record["bench"] == "exchange")
     return 0
+
+
+def _steps(record: dict, rows: int | None) -> tuple[list[Series], tuple[str, str, str]]:
+    """The series and labels of decode's plot."""
+    rows = rows or min((row["rows"] for row in record["rows"] if row["kind"] == "decode"), default=None)
+    if rows is None:
+        raise ValueError("no step was measured, only prompts: run 'bench decode' with --context")
+    series = list(step_series(record, rows))
+    return series, ("context, positions", "ms a step", f"{record['model']}, {rows} row{'s' * (rows != 1)}, TP {_tp(record)}")
+
+
+def _exchanges(record: dict) -> tuple[list[Series], tuple[str, str, str]]:
+    """The series and labels of exchange's plot."""
+    if not any("us" in row for row in record["rows"]):
+        raise ValueError("no exchange was measured: run 'bench exchange' with other --sizes")
+    title = f"all-reduce of {_tp(record)} ranks; ours ends in every SM"
+    return list(exchange_series(record)), ("fp32 values to sum", "µs", title)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from imex_persist.runtime.rank import launch_params
 DEADLINE_S = 2.0  # of a wait inside the kernel: it covers the skew between the ranks' launches
 LAUNCH_S = 60.0  # of a launch; its own waits end it long before
 FILL_BYTES = 64 << 20
-ABORT_WORDS = 16
 
 
 def kernel_source(name: str) -> Path:

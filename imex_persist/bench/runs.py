@@ -20,13 +20,14 @@ from imex_persist.bench.peers.run import run_peers
 from imex_persist.bench.ranks import Ranks
 from imex_persist.bench.steps import kv_cache_bytes
 from imex_persist.front import settings
-from imex_persist.front.cards import choose_card
+from imex_persist.front.cards import known_card
 from imex_persist.model.load import load_model
 from imex_persist.model.locate import locate, shape_names
+from imex_persist.observe.command import check_outputs
 from imex_persist.runtime import strategy
-from imex_persist.runtime.discover import Gpu
 from imex_persist.runtime.placement import Placement, place_ranks, share_one_gpu
 
+DECIDED = {"kv_cache_memory_bytes"}  # here, for every engine
 KERNEL = "num_blocks max_rows ring_stages window down_slices one_shot_rows max_splits page_size smem_bytes".split()
 
 
@@ -36,7 +37,7 @@ def decode(args: argparse.Namespace) -> int:
     if not args.rows or (not args.context and not args.n_prompt):
         raise ValueError("--rows, and --context or --n-prompt, need at least one number above 0")
     plan = decode_bench.Plan(args.context, args.rows if args.context else [], args.n_prompt, args.steps)
-    run = _Run("decode", args, {**plan.settings(), "max_rows": args.max_rows or max(args.rows)})
+    run = _Run("decode", args, plan.settings(args.max_rows or max(args.rows)))
     with run.engine() as llm:
         run.record["rows"] = decode_bench.measure(llm, plan, run.ceiling, run.look_at_clocks)
     if args.peers:
@@ -127,6 +128,8 @@ class _Run:
     """One command: where it runs, and the JSON object that it makes. `needed` are settings of the engine that the bench decides."""
 
     def __init__(self, name: str, args: argparse.Namespace, needed: dict):
+        check_outputs(args, "output_json")
+        _check_given(name, args, needed)
         self._args, self._needed = args, needed
         self.placement = place_ranks(args.device, args.tensor_parallel_size)
         self.record: dict = {
@@ -169,24 +172,30 @@ class _Run:
     def end(self, show) -> int:
         for look in self._looks:
             look.join()
-        if self._args.output_json:
-            Path(self._args.output_json).write_text(json.dumps(self.record, indent=1) + "\n")
-        if self._args.json:
-            print(json.dumps(self.record))
-        else:
-            show(self.record)
-            for line in facts.describe(self.record["where"], self.record.get("busy")):
-                print(line)
+        try:
+            if self._args.json:
+                print(json.dumps(self.record))
+            else:
+                show(self.record)
+                for line in facts.describe(self.record):
+                    print(line)
+        finally:  # also where nobody reads on (| head)
+            if self._args.output_json:
+                Path(self._args.output_json).write_text(json.dumps(self.record, indent=1) + "\n")
         return 0
+
+
+def _check_given(bench: str, args: argparse.Namespace, needed: dict) -> None:
+    """Raises ValueError for a flag whose setting would be overwritten."""
+    for name, source in args.sources.items():
+        if source == "flag" and name in DECIDED.union(needed) and getattr(args, name) != needed.get(name):
+            raise ValueError(f"bench {bench} chooses {name} by what it measures: leave out --{name.replace('_', '-')}")
 
 
 def _datasheet_tb_s(placement: Placement) -> float | None:
     """Of the card, where it is known (front/cards.py)."""
-    place = placement.places[0]
-    if place.kind != "cuda":
-        return None
-    card, why = choose_card(None, [Gpu(place.ordinal, place.uuid, place.name, (9, 0))])
-    return card.datasheet_tb_s if "is " + place.name in why else None
+    card = known_card(placement.places[0].name)
+    return card.datasheet_tb_s if card else None
 
 
 def _ceiling_fields(ceiling: Ceiling) -> dict:

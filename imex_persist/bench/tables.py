@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from imex_persist.bench.facts import is_virtual
 from imex_persist.front.tables import print_table
 
 
@@ -19,7 +20,7 @@ def print_peers(peers: list[dict], columns: tuple[str, ...], line: Callable[[dic
 
 def print_decode(r: dict) -> None:
     columns = ("test", "rows", "ms/step", "floor ms", "ratio", "host ms", "p99 ms", "GB", "TB/s", "tok/s")
-    print_table(_title(r), columns, [_step(row) for row in r["rows"]])
+    print_table(_title(r), columns, [_step(row, compared=not is_virtual(r)) for row in r["rows"]])
     _print_ceiling(r)
     columns = ("what", "rows", "context", "ms", "to the floor")
     names = {"decode": "step", "prompt": "prompt to first token"}
@@ -30,13 +31,13 @@ def print_decode(r: dict) -> None:
     )
 
 
-def _step(row: dict) -> tuple:
+def _step(row: dict, *, compared: bool) -> tuple:
     return (
         row["test"],
         row["rows"],
         f"{row['us'] / 1e3:.4f}",
         f"{row['bound_us'] / 1e3:.4f}",
-        f"{row['ratio']:.3f}",
+        f"{row['ratio']:.3f}" if compared else None,
         f"{row['host_us'] / 1e3:.4f}",
         f"{row['p99_us'] / 1e3:.4f}" if "p99_us" in row else None,
         f"{row['bytes'] / 1e9:.3f}",

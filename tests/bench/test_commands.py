@@ -6,11 +6,13 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
 from imex_persist.bench.peers.run import run_limited
 from imex_persist.cli import main
+from imex_persist.llm import LLM
 
 from .conftest import needs_linux
 
@@ -88,6 +90,19 @@ def test_latency(bench, model, tmp_path):
     assert json.loads(out.read_text()) == r
 
 
+def test_latency_computes_every_prompt(bench, model, monkeypatch):
+    cached, generate = [], LLM.generate
+
+    def spied(*args):
+        outputs = generate(*args)
+        cached.extend(output.num_cached_tokens for output in outputs)
+        return outputs
+
+    monkeypatch.setattr(LLM, "generate", spied)
+    bench("latency", model, *SIM, *"--input-len 130 --output-len 2 --num-iters 2 --num-iters-warmup 1".split())
+    assert cached == [0, 0, 0]
+
+
 def test_doorbell(bench, model):
     r = bench("doorbell", model, *SIM)
     assert r["noop"]["count"] == 20 and 0 < r["noop"]["min_us"] <= r["noop"]["median_us"] <= r["noop"]["p99_us"]
@@ -104,7 +119,26 @@ def test_tables_say_that_it_was_simulated(capsys, model):
         ["doorbell", model, *SIM],
     ):
         assert main(["bench", *words]) == 0
-        assert "say nothing about a GPU" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "say nothing about a GPU" in out
+        assert ("virtual" in out) == (words[0] not in ("floor", "exchange"))  # those have kernels of their own, by wall time
+
+
+def test_no_ratio_of_virtual_time(capsys, model):
+    """One place in the simulator counts turns of its scheduler, the floor is of wall time; two places are of wall time as well."""
+    for world in (1, 2):
+        words = f"--context 2 --steps 2 --n-prompt 0 --tp {world}".split()
+        assert main(["bench", "decode", model, *SIM, *words]) == 0
+        out = capsys.readouterr().out
+        (line,) = [line.split() for line in out.splitlines() if line.startswith(" tg2 @ d2")]
+        assert (line[6] == "–") == ("ratio to the floor means nothing" in out) == (world == 1)
+
+
+def test_a_table_is_printed_though_no_file_can_be_written(capsys, model, tmp_path):
+    words = f"--context 2 --steps 2 --n-prompt 0 --output-json {tmp_path / ('x' * 300)}".split()
+    with suppress(OSError):
+        assert main(["bench", "decode", model, *SIM, *words]) != 0
+    assert "tg2 @ d2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -112,10 +146,25 @@ def test_tables_say_that_it_was_simulated(capsys, model):
     [
         (["decode", "x", "--steps", "1"], "--steps is 1: at least 2"),
         (["decode", "x", "--rows", "0"], "at least one number above 0"),
+        (["decode", "x", "--rows", "8", "--max-rows", "2"], "max_rows is 2 but --rows has 8"),
+        (["decode", "x", *SIM, "--max-model-len", "64"], "bench decode chooses max_model_len"),
+        (["decode", "x", *SIM, "--max-num-seqs", "4"], "leave out --max-num-seqs"),
+        (["decode", "x", *SIM, "--kv-cache-memory-bytes", "99999"], "leave out --kv-cache-memory-bytes"),
+        (["latency", "x", *SIM, "--max-model-len", "64"], "bench latency chooses max_model_len"),
+        (["latency", "x", *SIM, "--enable-prefix-caching"], "leave out --enable-prefix-caching"),
+        (["doorbell", "x", *SIM, "--max-rows", "4"], "bench doorbell chooses max_rows"),
         (["latency", "x", "--batch-size", "0"], "--batch-size is 0: at least 1"),
         (["decode", "--device", "sim"], "no model was given"),
         (["exchange", "--device", "sim", "--tp", "1"], "an exchange needs two ranks"),
         (["exchange", "--device", "sim", "--sizes", "500"], "500 values are no exchange"),
+        (["exchange", "--device", "sim", "--sizes", "0"], "--sizes needs at least one number above 0"),
+        (["exchange", "--device", "sim", "--hidden-size", "0"], "--hidden-size is 0: at least 32"),
+        (["exchange", "--device", "sim", "--hidden-size", "-32"], "--hidden-size is -32: at least 32"),
+        (
+            ["floor", "--device", "sim", "--output-json", "/nowhere/x.json"],
+            "--output-json is '/nowhere/x.json': /nowhere is no folder",
+        ),
+        (["decode", "x", *SIM, "--output-json", "/"], "that is a folder"),
         (["floor", "--device", "sim:0", "--tp", "9"], "tensor_parallel_size is 9"),
     ],
 )

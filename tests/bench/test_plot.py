@@ -74,6 +74,11 @@ def test_a_picture(tmp_path, record):
         ("{", ["--out", "x.svg"], "cannot be read as a bench's JSON"),
         ('{"bench": "floor"}', ["--out", "x.svg"], "is no JSON of 'bench decode' or 'bench exchange'"),
         (json.dumps(DECODE), ["--out", "x.gif"], "ends in .svg or .png"),
+        (json.dumps(DECODE), ["--out", "/nowhere/x.svg"], "--out is '/nowhere/x.svg': /nowhere is no folder"),
+        ('{"bench": "decode"}', ["--out", "x.svg"], "is not all that a bench writes (KeyError('rows'))"),
+        ('{"bench": "exchange", "rows": 1}', ["--out", "x.svg"], "is not all that a bench writes (TypeError"),
+        (json.dumps(DECODE | {"rows": DECODE["rows"][:1]}), ["--out", "x.svg"], "no step was measured, only prompts"),
+        (json.dumps(EXCHANGE | {"rows": EXCHANGE["rows"][2:]}), ["--out", "x.svg"], "no exchange was measured"),
         (json.dumps(DECODE), ["--out", "x.svg", "--rows", "3"], "nothing was measured with 3 rows"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from imex_persist import planner
 from imex_persist.cli import main
 from imex_persist.config import EngineConfig
 from imex_persist.front import plan
-from imex_persist.front.cards import CARDS, EXCHANGE_US, choose_card, exchange_us
+from imex_persist.front.cards import CARDS, CONTEXT_BYTES, EXCHANGE_US, choose_card, exchange_us, known_card
 from imex_persist.model import packing
 from imex_persist.model.config import ModelConfig
 from imex_persist.runtime import capacity
@@ -82,6 +83,40 @@ def test_which_sizes_fit(folder, capsys):
     assert planned(capsys, folder("70b"), "--gpu", "B200")["gpu"]["bandwidth_source"] == "datasheet"
 
 
+@pytest.mark.parametrize(("limit", "contexts"), [(4096, [128, 2048]), (1024, [128]), (100, [100])])
+def test_usual_contexts_are_those_that_fit(folder, capsys, limit, contexts):
+    path = folder("1b")
+    by_flag = planned(capsys, path, "--max-model-len", str(limit))
+    config = json.loads((Path(path) / "config.json").read_text()) | {"max_position_embeddings": limit}
+    (Path(path) / "config.json").write_text(json.dumps(config))
+    for data in (by_flag, planned(capsys, path)):
+        assert [f["context"] for f in data["floor"]] == contexts
+    assert main(["plan", path, "--context", str(limit + 1)]) == 2
+    assert f"context is {limit + 1}" in capsys.readouterr().err
+
+
+def test_the_runtime_takes_all_the_room_that_is_promised(folder, capsys):
+    path, card = folder("8b"), CARDS["h100"]
+    room = planned(capsys, path, "--gpu", "h100")["memory"]["kv_bytes_room"]
+    model = ModelConfig.from_folder(path)
+
+    def shape_with(kv_bytes):
+        config = EngineConfig(model=path, kv_cache_memory_bytes=kv_bytes)
+        return capacity.choose_shape(config, model, card.machine, "cuda", card.memory_bytes - CONTEXT_BYTES)
+
+    assert planner.kv_bytes(shape_with(room)) <= room
+    with pytest.raises(ValueError, match="lower kv_cache_memory_bytes"):
+        shape_with(room + 1)
+
+
+def test_no_length_is_advised_where_none_fits(folder, capsys):
+    assert main(["plan", folder("1b"), "--gpu", "h100", "--kv-cache-memory-bytes", "1"]) == 2
+    err = capsys.readouterr().err
+    assert "only 1 are allowed: raise kv_cache_memory_bytes" in err and "at most" not in err
+    assert main(["plan", folder("1b"), "--gpu", "h100", "--tp", "1", "--kv-cache-memory-bytes", str(40 << 20)]) == 2
+    assert "set max_model_len to at most 1280, or raise kv_cache_memory_bytes" in capsys.readouterr().err
+
+
 def test_exchange_times_are_only_claimed_where_measured(folder, capsys):
     two = planned(capsys, folder("1b"), "--tp", "2", "--gpu", "h200")["exchange"]
     assert two["o_proj_us"] == EXCHANGE_US["ONE_SHOT"][8] and two["exchanges_per_token"] == 32
@@ -138,6 +173,12 @@ def test_this_machine_s_gpu():
     for name in ("NVIDIA H100 PCIe", "NVIDIA GH200 480GB", "NVIDIA RTX PRO 6000"):
         card, why = choose_card(None, gpu(name))
         assert card.key == "h100" and name in why
+
+
+def test_whose_figures_are_known():
+    assert known_card("NVIDIA H100 80GB HBM3") is CARDS["h100"] and known_card("NVIDIA B200") is CARDS["b200"]
+    for name in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "simulator"):
+        assert known_card(name) is None
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@ from functools import lru_cache
 
 import pytest
 
-from imex_persist.observe import console, live, units
+from imex_persist.cli import main
+from imex_persist.observe import command, console, live, units
 from imex_persist.observe.clocks import Errors
 from imex_persist.observe.report import report, request_rows
 from imex_persist.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from imex_persist.runtime.placement import Place, Placement
 
 from .traced import run, trace_of
 
@@ -155,6 +157,22 @@ def test_blocks_that_hold_next_to_nothing_are_not_named():
     r["critical_path"]["suspects"] = few[1:]
     text = shown(r, io.StringIO())
     assert "No block holds a mean step longer than is usual by 1% of it." in text and "worst" not in text
+
+
+@pytest.mark.parametrize("option", ["out", "html", "svg", "console"])
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_runs(capsys, option):
+    assert main(["trace", "no-model", f"--{option}", "/nowhere/x"]) == 2
+    assert f"--{option} is '/nowhere/x': /nowhere is no folder" in capsys.readouterr().err
+
+
+def test_a_ceiling_is_of_the_card_that_is_used():
+    def ceiling(*names, given=None):
+        return command._ceiling(given, Placement(tuple(Place("cuda", i, (i,), name=name) for i, name in enumerate(names))))
+
+    assert ceiling("NVIDIA H200", "NVIDIA H100 80GB HBM3") == (pytest.approx(4560), "measured, NVIDIA H200")
+    for name in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA RTX PRO 6000"):
+        assert ceiling(name) == (None, None) and ceiling(name, given=1000.0) == (1000.0, "--ceiling")
+    assert command._ceiling(None, Placement((Place("sim", 0, (0,)),))) == (None, None)
 
 
 def test_the_live_view():
