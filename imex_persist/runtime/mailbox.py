@@ -25,7 +25,7 @@ _MASK = 0xFFFFFFFF
 _DESCRIPTORS = abi.Mailbox.fields["descriptors"][1]
 _RECORDS = abi.Mailbox.fields["records"][1]
 _ARENA = abi.Mailbox.itemsize
-_LINES = [slice(at, at + _WORDS.size) for at in range(_DESCRIPTORS, _RECORDS, _WORDS.size)]  # where descriptors go
+_LINES = [slice(_DESCRIPTORS + i * _WORDS.size, _DESCRIPTORS + (i + 1) * _WORDS.size) for i in range(abi.DESCRIPTOR_SLOTS)]
 
 
 def _header(field: str) -> int:
