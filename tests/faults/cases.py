@@ -174,8 +174,9 @@ def sleeping_reader(folder: str, settings: dict) -> None:
     with Nothing(), LLM(folder, **settings | {"max_num_seqs": requests}) as llm:
         awake, done, tokens = threading.Event(), threading.Semaphore(0), []
 
-        def sink(event) -> None:  # runs in the thread that reads the ring
-            awake.wait()
+        def sink(event) -> None:  # runs in the thread that reads the ring, and that posts requests: so all of them first
+            if llm.engine.num_running == requests:
+                awake.wait(240)
             tokens.append(getattr(event, "token", None))
             if isinstance(event, Exception) or event.finish_reason:
                 done.release()

@@ -181,7 +181,8 @@ def test_a_gpu_s_kv_cache_is_what_the_sequences_can_use_or_what_is_free():
         (3, {}, "use more ranks$"),
         (4, {"max_model_len": 131072}, "set max_model_len to at most .*, or use more ranks"),
         (79, {"kv_cache_memory_bytes": 90 << 30}, "or lower kv_cache_memory_bytes"),
-        (79, {"kv_cache_memory_bytes": 1 << 20}, "or raise kv_cache_memory_bytes"),
+        (79, {"kv_cache_memory_bytes": 32 << 20}, "set max_model_len to at most .*, or raise kv_cache_memory_bytes"),
+        (79, {"kv_cache_memory_bytes": 1 << 20}, "are allowed: raise kv_cache_memory_bytes"),
     ],
 )
 def test_a_gpu_that_is_too_small(free_gib, settings, words):
