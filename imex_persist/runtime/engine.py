@@ -26,6 +26,7 @@ from imex_persist.runtime.request import FINISH_REASONS, Request, Sink, Submissi
 
 SPIN_S = 50e-6  # first pause between two looks at an empty record ring
 PAUSE_S = 500e-6  # longest
+REST_S = 0.5  # between two looks when there is nothing to do: an interrupt in `_send` may have left a request and woken nobody
 LEAVE_S = 2.0  # for cancelled requests to be released while closing
 SILENCE_S = 1.0  # without a record or a step: time to ask the workers whether their kernels run
 
@@ -222,7 +223,7 @@ class Engine:
         with self._lock:
             if not self._inbox and self._error is None and not self._closing:
                 self._idle.set()
-        self._wake.wait()
+        self._wake.wait(REST_S)
 
     def _take_inbox(self) -> None:
         while self._inbox:
