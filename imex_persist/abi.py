@@ -365,7 +365,7 @@ Mailbox = _struct(  # mapped host memory; the arena of u32 follows
 
 def descriptor_check(words: Iterable[int]) -> int:
     """The check word of a descriptor's other fifteen: the sum of what each, with its place, is mixed to. That is one-to-one, so a line in
-    which one word is old never fits, and one several as often as 32 random bits do. A plain sum would forgive two that differ alike."""
+    which one word is old never fits, and one with several as often as 32 random bits do; a plain sum forgives two that differ alike."""
     return sum(_mixed(i, word) if word else _MIXED_ZEROS[i] for i, word in enumerate(words)) & 0xFFFFFFFF
 
 
