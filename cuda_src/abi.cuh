@@ -167,12 +167,8 @@ struct Shape {
   unsigned int off_sampling;
   unsigned int off_qkv;
   unsigned int off_split;
-  unsigned int off_attn;
   unsigned int off_o_part;
-  unsigned int off_o_sum;
-  unsigned int off_gate;
   unsigned int off_down_part;
-  unsigned int off_down_sum;
   unsigned int off_best;
   unsigned int off_logits;
   unsigned int off_search;
@@ -181,6 +177,11 @@ struct Shape {
   unsigned int off_renew;
   unsigned int off_page_table;
   unsigned int off_abort;
+  unsigned int off_attn;
+  unsigned int off_o_sum;
+  unsigned int off_gate;
+  unsigned int off_down_sum;
+  unsigned int row_words;
   unsigned int symmetric_words;
   unsigned int smem_x;
   unsigned int smem_part;
@@ -194,7 +195,7 @@ struct Shape {
   unsigned int trace;
   unsigned int trace_every;
 };
-static_assert(sizeof(Shape) == 232);
+static_assert(sizeof(Shape) == 236);
 
 struct RankParams {
   unsigned long long qkv;

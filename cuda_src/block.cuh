@@ -48,6 +48,7 @@ struct Shared {
   int unit[kHeldStages];  // what the stage holds: a unit's index, or one of the marks below
   u32 plan[kHeldPlanWords];
   u32 num_rows, num_sampling, num_drawing, command;  // of the step; rows that are not plainly greedy are drawing
+  u32 last_rows;                                     // of the step before
   const RankParams* params;                          // for draw.cuh's calls, so that the greedy path need not hold the address
   u32 num_drawn, num_searching, num_rounds;          // sampling.cuh, search.cuh
   u32 drawing[kHeldRows], drawn[kHeldRows], searching[kHeldRows];
@@ -135,6 +136,10 @@ DEV void consumers_arrive(const Block& b, u64* bar) {  // after their barrier
   if (b.thread < kConsumerArrivals) mbar_arrive(bar);
 }
 
+DEV bool semaphore() { return shape().strategy == (u32)Strategy::kSemaphore; }  // exchange.cuh
+DEV bool two_shot() { return shape().strategy == (u32)Strategy::kTwoShot; }
+DEV bool one_shot(int rows) { return rows <= (int)shape().one_shot_rows; }
+DEV bool replicated(int rows) { return semaphore() || one_shot(rows); }
 DEV int num_rows(const Block& b) { return shape().max_rows == 1 ? 1 : (int)b.shared->num_rows; }
 
 // ---------------------------------------------------------------------------------------------- addresses
@@ -191,6 +196,10 @@ DEV int matrix_k(Phase phase) {
   if (phase == Phase::kDownProj) return shape().intermediate_size / shape().down_slices;
   return shape().hidden_size;
 }
+
+// What a block's step leaves to the next: its pages (kv.cuh), the sets that it cleared (bare.cuh), what it read of other ranks (semaphore.cuh).
+// Before its word of `sample`, and by everybody after all blocks' words.
+DEV void fence_step() { semaphore() || two_shot() ? fence_sys() : fence_gpu(); }
 
 DEV u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 DEV u32 larger(u32 a, u32 b) { return a > b ? a : b; }

@@ -22,25 +22,23 @@ namespace imex {
 template <class Take>
 DEV bool prepare(Block& b, bool multiplies, Take take) {
   const Phase phase = b.waiter.phase;
-  const u32 epoch = layer_epoch(b.step, b.waiter.layer);
+  const int layer = b.waiter.layer;
   const bool receives =
       has_norm(phase) && (phase == Phase::kGateUp || b.waiter.layer > 0);  // layer 0 starts from what `embed` left
   const bool sums = receives && !replicated(num_rows(b));
   if (!sums) take();
   bool well = true;  // calls of their own: with constant sizes each is shorter than one for all with divisions
   if (phase == Phase::kOProj) {
-    const int width = matrix_k(Phase::kOProj) / 2;
-    well = gather_activations(b, epoch, own_words(b, shape().off_attn), width, width);
+    well = gather_activations(b, shape().off_attn, 0, matrix_k(Phase::kOProj));
   } else if (!multiplies && phase != Phase::kGateUp && !shape().only_phase) {
     return true;  // what comes before it was not multiplied either
   } else if (phase == Phase::kDownProj) {
-    const int width = matrix_k(Phase::kDownProj) / 2;  // words of this block's part, two values each
-    well = gather_activations(b, epoch, own_words(b, shape().off_gate + slice_of(b) * width), shape().intermediate_size / 2,
-                              width);
+    const int width = matrix_k(Phase::kDownProj);  // values of this block's part
+    well = gather_activations(b, shape().off_gate, slice_of(b) * width, width);
   } else if (phase == Phase::kGateUp) {
-    well = receive(b, o_exchange(), epoch, multiplies, sums, take);
+    well = receive(b, o_exchange(), layer, multiplies, sums, take);
   } else if (receives) {
-    well = receive(b, down_exchange(), epoch - 1, multiplies, sums, take);
+    well = receive(b, down_exchange(), layer - 1, multiplies, sums, take);
   }
   if (well) mark(b, Mark::kInput, take_word_clocks(b));
   return well;
@@ -69,7 +67,7 @@ DEV bool decode_step(Block& b) {
       mark(b, Mark::kEnd, take_tile_clocks(b));
     }
     if (phase == Phase::kQkv && !attention(b)) return false;
-    if (phase == Phase::kGateUp) append_kv(b);
+    if (phase == Phase::kGateUp) append_kv(b), clear_set(b);
     if (phase == Phase::kLmHead) break;
   }
   return (!runs(Phase::kLmHead) || publish_best(b)) && sample(b) && (!renews(b.step) || renew(b));
@@ -154,6 +152,7 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams launch) {
   if (b.thread == 0) {
     b.shared->fault.set = 0;
     b.shared->num_rounds = 0;
+    b.shared->num_rows = 0;
     b.shared->params = b.params;
     start_barriers(*b.shared);
   }

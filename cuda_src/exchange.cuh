@@ -18,11 +18,12 @@
 // both projections, its first unit being its own (stream.cuh; the planner keeps grid <= hidden / 8). A block publishes those only
 // after all its consumers left the gather of gate words, hence after they read o_part (and o_sum) of layer l: a consumer barrier
 // lies between, and a store is never performed before a load whose value decided the loop before it. The same argument with the
-// names exchanged covers down_part, o_sum and down_sum, qkv, split, attn and gate. o_sum and down_sum are two buffers because the
+// names exchanged covers down_part, qkv and split. Bare words have a set a layer (bare.cuh). o_sum and down_sum are two places in it because the
 // owner of a slice waits only for that slice's words: with one, it could publish down sums while a late block still reads o sums.
 // A step without logits has no down_part of the last layer (multiplies_in, block.cuh). Then X has passed `sample` before it writes anything,
 // so it has a word of every block, which each sent after it had taken in o_part, appended its keys and values, and read all before.
 #pragma once
+#include "bare.cuh"
 #include "norm.cuh"
 #include "semaphore.cuh"
 #include "trace.cuh"
@@ -32,17 +33,13 @@ namespace imex {
 
 struct Exchange {
   u32 part_offset;  // [sources, max_rows, part_width] fp32 words, or half as many wide ones
-  u32 sum_offset;   // [max_rows, hidden / 2] bf16 pair words
+  u32 sum_offset;   // bare words [max_rows, hidden / 2]
   u32 slices;       // parts of K that are summed like ranks
 };
 DEV Exchange o_exchange() { return {shape().off_o_part, shape().off_o_sum, 1}; }
 DEV Exchange down_exchange() { return {shape().off_down_part, shape().off_down_sum, shape().down_slices}; }
 
 DEV u32 num_sources(Exchange x) { return shape().world_size * x.slices; }
-DEV bool semaphore() { return shape().strategy == (u32)Strategy::kSemaphore; }
-DEV bool one_shot(int rows) { return rows <= (int)shape().one_shot_rows; }
-DEV bool replicated(int rows) { return semaphore() || one_shot(rows); }
-DEV bool two_shot() { return shape().strategy == (u32)Strategy::kTwoShot; }
 DEV bool wide() { return shape().float24_partials; }
 
 // Slices: pairs of the hidden vector, dealt in equal runs to the blocks of a rank, or of all ranks.
@@ -136,7 +133,7 @@ DEV float receive_whole(Block& b, const Norm& norm, Exchange x, u32 epoch) {
 }
 
 // A slice owner's part in the others: adds every source's words of its slice to its residual and publishes them, rounded.
-DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
+DEV void receive_slice(Block& b, Exchange x, int layer) {
   const int pairs = shape().hidden_size / 2, mine = owned_pairs(), begin = owner_index(b) * mine;
   if (begin >= pairs) return;
   const int total = num_rows(b) * mine;
@@ -145,7 +142,7 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
     const int held = smaller(pair, pairs - 1);  // of the last owner some do not exist: it reads others' for them
     float2 sum = {0.f, 0.f};
     gather_partials(
-        b, epoch, num_sources(x),
+        b, layer_epoch(b.step, layer), num_sources(x),
         [&](int i) { return own_words(b, part_word(x, i, row, 2 * held) & ~1u); },  // of a pair of wide words one is this thread's
         [&](int i) { return (u32)i / x.slices; },
         [&](int, bool live, u64 low, u64 high) {
@@ -156,21 +153,21 @@ DEV void receive_slice(Block& b, Exchange x, u32 epoch) {
     float2* r = (float2*)(residual(b) + 2 * item);
     const float2 v = {r->x + sum.x, r->y + sum.y};
     *r = v;
-    const u32 to = x.sum_offset + row * pairs + pair;
     for (u32 p = 0; p < shape().world_size; p++)
-      if (two_shot() || p == b.params->rank) store_word(words_of(b, p, to), pack_bf16(v.x, v.y), epoch);
+      if (two_shot() || p == b.params->rank) store_bare(bare_words(b, p, x.sum_offset, layer, row) + pair, pack_bf16(v.x, v.y));
   }
 }
 
-// Takes in the exchange of `epoch`: adds it to the residual and leaves the residual, rounded to bf16, as the activations of every row; if
+// Takes in the exchange of a layer: adds it to the residual and leaves the residual, rounded to bf16, as the activations of every row; if
 // a product follows, times the norm's weights, and with its sums of squares. If this block `sums` a slice for others, take() comes when its sums
 // are on their way. All consumers; false when the block must leave.
 template <class Take>
-DEV bool receive(Block& b, Exchange x, u32 epoch, bool multiplies, bool sums, Take take) {
+DEV bool receive(Block& b, Exchange x, int layer, bool multiplies, bool sums, Take take) {
+  const u32 epoch = layer_epoch(b.step, layer);
   consumer_sync();  // the phase before has read the activations
   mark(b, Mark::kMet, take_tile_clocks(b));
   if (sums) {
-    receive_slice(b, x, epoch);
+    receive_slice(b, x, layer);
     mark(b, Mark::kSum, take_word_clocks(b));
     take();
     mark(b, Mark::kTaken, take_tile_clocks(b));
@@ -183,8 +180,8 @@ DEV bool receive(Block& b, Exchange x, u32 epoch, bool multiplies, bool sums, Ta
   } else if (one_shot(num_rows(b))) {
     squares = receive_whole(b, norm, x, epoch);
   } else {
-    gather_quads(b, epoch, own_words(b, x.sum_offset), shape().hidden_size / 2, shape().hidden_size / 4,
-                 [&](int row, int i, bool live, u64 v) { squares += put_residual(b, norm, row, i, v, live); });
+    gather_bare(b, x.sum_offset, layer, 0, shape().hidden_size);
+    if (norm.weighs) consumer_sync();  // it is dealt otherwise than octs are
   }
   return end_residual(b, norm, squares);
 }

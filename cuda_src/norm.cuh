@@ -42,9 +42,9 @@ DEV u64 weigh(u64 v, u64 weights) {
   return (u64)multiply_bf16((u32)(v >> 32), (u32)(weights >> 32)) << 32 | multiply_bf16((u32)v, (u32)weights);
 }
 
-// A kernel of one row, whose norms are on the critical path, weighs a quad while it is in registers. With more rows that would be much code
-// for each quad, all of it fetched in every layer: a second pass, `weigh_rows`, is shorter.
-DEV bool weighs_at_once() { return shape().max_rows == 1; }
+// A kernel of one row that exchanges ONE_SHOT, whose norms are on the critical path, weighs a quad while it is in registers. With more rows that
+// would be much code for each quad, all of it fetched in every layer: a second pass, `weigh_rows`, is shorter.
+DEV bool weighs_at_once() { return shape().max_rows == 1 && replicated(1); }
 
 // Puts the thread's quad number `i` of the rounded residual, if it is `live`, among the activations. In a kernel that weighs at once, returns
 // its squares.
@@ -78,7 +78,7 @@ DEV void put_row_sum(Block& b, int row, float sum) {
   sum = warp_sum(sum);
   if (b.lane == 0) b.shared->norm_sums[row][b.warp] = sum;
 }
-// Weighs the activations, which are the rounded residual, each thread the quads that it put there itself, and sums up their squares. Four
+// Weighs the activations, which are the rounded residual, each thread its quads, and sums up their squares. Four
 // rows at a time, their loads before the stores: the compiler cannot know that a store leaves what is loaded next alone.
 DEV void weigh_rows(Block& b, const Norm& norm) {
   constexpr int kAtOnce = 4;

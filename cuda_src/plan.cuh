@@ -27,6 +27,7 @@ DEV bool begin_step(Block& b) {
   }
   if (!all_well(b)) return false;
   if (b.thread == 0) {
+    s.last_rows = s.num_rows;
     s.num_rows = s.plan[0] & 0xffff;
     s.command = (s.plan[0] & ~kPlanNewPages) >> 16;
     s.num_sampling = s.plan[1] & 0xffff;

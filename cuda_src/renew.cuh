@@ -18,28 +18,37 @@ namespace imex {
 
 DEV bool renews(u32 step) { return (step + 1) % shape().renew_steps == 0; }
 
+// All blocks of all ranks meet: what any has done before comes before what any does after. Their words are at `at`. All consumers; true when the
+// block must leave.
+DEV bool meet(Waiter& waiter, u32 index, u32 thread, u32 at, u32 epoch) {
+  const RankParams* params = waiter.params;
+  const u32 blocks = shape().num_blocks, sources = shape().world_size * blocks;
+  const u64* own = (const u64*)params->peers[params->rank] + at;
+  consumer_sync();
+  ROLLED for (u32 r = thread; r < shape().world_size; r += kConsumerThreads) {
+    fence_sys();
+    store_words((u64*)params->peers[r] + at + 2 * (params->rank * blocks + index), 0, 0, epoch);
+  }
+  ROLLED for (u32 i = thread; i < sources; i += kConsumerThreads) {
+    u32 words[1][2];
+    wait_words<1>(
+        waiter, Wait::kWords, false, epoch, 1, [&](int) { return own + 2 * i; }, [&](int) { return i / blocks; }, words);
+  }
+  fence_sys();
+  return consumer_any(waiter.failed);
+}
+
 // All consumers; true when the block must leave. A call with plain numbers: it runs seldom and must not cost the step a register.
 DEV_CALL bool renew_words(const RankParams* params, u32 index, u32 thread, u32 step) {
-  const u32 blocks = shape().num_blocks, sources = shape().world_size * blocks;
+  const u32 blocks = shape().num_blocks;
   Waiter waiter = {params, shape().num_layers, Phase::kSample, false};
   ROLLED for (u32 meeting = 0; meeting < 2; meeting++) {
-    const u32 epoch = step / shape().renew_steps * 2 + meeting + 1, at = shape().off_renew + meeting * sources * 2;
     u64* own = (u64*)params->peers[params->rank];
     const u32 begin = shape().off_qkv / 2 + index * kConsumerThreads + thread;
     ROLLED for (u32 pair = begin; meeting && pair < shape().off_renew / 2; pair += blocks * kConsumerThreads)
       store_words(own + 2 * pair, 0, 0, 0);
-    consumer_sync();
-    ROLLED for (u32 r = thread; r < shape().world_size; r += kConsumerThreads) {
-      fence_sys();
-      store_words((u64*)params->peers[r] + at + 2 * (params->rank * blocks + index), 0, 0, epoch);
-    }
-    ROLLED for (u32 i = thread; i < sources; i += kConsumerThreads) {
-      u32 words[1][2];
-      wait_words<1>(
-          waiter, Wait::kWords, false, epoch, 1, [&](int) { return own + at + 2 * i; }, [&](int) { return i / blocks; }, words);
-    }
-    fence_sys();
-    if (consumer_any(waiter.failed)) return true;
+    const u32 at = shape().off_renew + meeting * shape().world_size * blocks * 2, epoch = step / shape().renew_steps * 2 + meeting + 1;
+    if (meet(waiter, index, thread, at, epoch)) return true;
   }
   return false;
 }

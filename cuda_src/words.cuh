@@ -2,7 +2,7 @@
 // expects has the value: no fence, no flag. Nothing else becomes visible by it; what is not in the word needs a fence (kv.cuh).
 //
 // A tagged word has 32 bits of payload and the epoch. A wide word has 48, and of the epoch the last 16: enough while epochs begin again before
-// they have counted so far (renew_steps), since a word that nobody wrote for so long would else look new.
+// they have counted so far (renew_steps), since a word that nobody wrote for so long would else look new. A bare word has no epoch (bare.cuh).
 #pragma once
 #include "trace.cuh"
 
@@ -46,30 +46,5 @@ DEV int held_quad(int quad, int quads) { return is_quad(quad, quads) ? quad : qu
 
 DEV u64* quad_at(const Block& b, int row, int quad) { return (u64*)(activations(b) + activation_offset(row, 4 * quad)); }
 DEV void put_quad(Block& b, int row, int quad, u64 v) { *quad_at(b, row, quad) = v; }
-
-// Hands this thread's quads of every row, bf16 in words `row_stride` a row, to put(row, i, live, value): its quad number i.
-template <class Put>
-DEV void gather_quads(Block& b, u32 epoch, const u64* words, int row_stride, int quads, Put put) {
-  const int per_row = quads_per_thread(quads);
-  gather_batches(
-      b, epoch, num_rows(b) * per_row,
-      [&](int i) { return words + i / per_row * row_stride + 2 * held_quad(quad_of(b, i % per_row), quads); },
-      [&](int) { return b.params->rank; },
-      [&](int i, bool live, u32 first, u32 second) {
-        const bool exists = live && is_quad(quad_of(b, i % per_row), quads);
-        put(i / per_row, i % per_row, exists, (u64)second << 32 | first);
-      });
-}
-
-// All consumers together copy `count` words of bf16 pairs of each row, from `row_stride` words a row, into the activations,
-// and meet at a barrier. False when the block must leave.
-DEV bool gather_activations(Block& b, u32 epoch, const u64* words, int row_stride, int count) {
-  consumer_sync();  // the phase before has read what stood there
-  mark(b, Mark::kMet, take_tile_clocks(b));
-  gather_quads(b, epoch, words, row_stride, count / 2, [&](int row, int i, bool live, u64 v) {
-    if (live) put_quad(b, row, quad_of(b, i), v);
-  });
-  return all_well(b);
-}
 
 }  // namespace imex

@@ -130,9 +130,7 @@ class Strategy(enum.IntEnum):
 class Mark(enum.IntEnum):
     """Kinds of TraceEvent: SENT by a block's adders, the others by one thread of its consumers. Waits are in clocks of the SM."""
 
-    CLOCK = (
-        0  # a step begins; `value` is the GPU's timer in ns, to pair with `clock`; its bits 32-55 are in bits 8-31 of `what`
-    )
+    CLOCK = 0  # a step begins; `value` is the GPU's timer in ns, to pair with `clock`; bits 32-55 are in bits 8-31 of `what`
     BEGIN = 1  # the phase is entered
     INPUT = 2  # the words it takes in have arrived; `value`: waited for them, if the first poll did not find them
     READY = 3  # the activations are ready to be multiplied; `value`: 1 if they are, in attention the pages that were read, and TRACE_CUT
@@ -198,12 +196,8 @@ Shape = _struct(
     ("off_sampling", "u4"),
     ("off_qkv", "u4"),
     ("off_split", "u4"),
-    ("off_attn", "u4"),
     ("off_o_part", "u4"),
-    ("off_o_sum", "u4"),
-    ("off_gate", "u4"),
     ("off_down_part", "u4"),
-    ("off_down_sum", "u4"),
     ("off_best", "u4"),
     ("off_logits", "u4"),
     ("off_search", "u4"),
@@ -212,6 +206,12 @@ Shape = _struct(
     ("off_renew", "u4"),
     ("off_page_table", "u4"),  # not words: u32 [num_slots, pages_per_slot]
     ("off_abort", "u4"),
+    # from here on bare words (cuda_src/bare.cuh), [num_layers + 1, max_rows, row_words]; offsets in the first row
+    ("off_attn", "u4"),
+    ("off_o_sum", "u4"),
+    ("off_gate", "u4"),
+    ("off_down_sum", "u4"),
+    ("row_words", "u4"),
     ("symmetric_words", "u4"),
     # shared memory, offsets in bytes
     ("smem_x", "u4"),

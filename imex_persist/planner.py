@@ -23,6 +23,8 @@ USUAL_WINDOW = 3  # tiles in flight where the memory is not known
 QUERIES = 16  # of an item of attention: what the tensor core's operand holds (kMaxHeads in cuda_src/phases/attention.cuh)
 PARTIAL_GROUP = 128  # partial sums that lie together, halves of quads apart (part_index in cuda_src/exchange.cuh)
 MAX_OWN_TOKENS = 1 << 17  # tokens of a block are counted in 17 bits (kCountBits in cuda_src/search.cuh)
+EXCHANGES_A_STEP = 127  # that `bench exchange` counts as layers of a step
+EXCHANGE_STEPS = 256  # after which its epochs begin again, below 2**16
 H100_SMS = 132
 H100_SHARED_BYTES = 232_448
 
@@ -184,7 +186,8 @@ def exchange_shape(
     Raises ValueError when a block's shared memory does not hold that many rows.
     """
     s = np.zeros((), abi.Shape)
-    s["hidden_size"], s["norm_size"], s["num_layers"], s["head_dim"] = hidden_size, hidden_size, 1, 32
+    s["hidden_size"], s["norm_size"], s["num_layers"], s["head_dim"] = hidden_size, hidden_size, EXCHANGES_A_STEP, 32
+    s["renew_steps"] = EXCHANGE_STEPS
     s["num_heads"] = s["num_kv_heads"] = s["ring_stages"] = s["window"] = s["num_slots"] = s["max_splits"] = 1
     # every block sends something, also where ranks gather parts of a vector
     s["num_blocks"] = min(machine.num_blocks, hidden_size // max(abi.UNIT_ROWS, 2 * world_size))
@@ -282,12 +285,8 @@ def _place_symmetric_memory(s) -> None:
         ("off_sampling", 2 * rows * abi.SAMPLING_WORDS),
         ("off_qkv", rows * (heads + 2 * kv_heads) * head_dim // 2),
         ("off_split", rows * heads * int(s["max_splits"]) * (head_dim + 2)),
-        ("off_attn", rows * heads * head_dim // 2),
         ("off_o_part", world * rows * partial_width(hidden)),
-        ("off_o_sum", rows * hidden // 2),
-        ("off_gate", rows * int(s["intermediate_size"]) // 2),
         ("off_down_part", world * int(s["down_slices"]) * rows * partial_width(hidden)),
-        ("off_down_sum", rows * hidden // 2),
         ("off_best", world * blocks * rows * 2),
         ("off_logits", rows * int(s["vocab_rows"])),
         ("off_search", 2 * world * blocks * rows * abi.SEARCH_PIVOTS * 2),
@@ -299,7 +298,17 @@ def _place_symmetric_memory(s) -> None:
     ):
         s[field] = offset
         offset = round_up(offset + words, 16)
-    s["symmetric_words"] = offset
+    first = offset  # of a row of bare words, two in 8 bytes
+    for field, values in (
+        ("off_attn", heads * head_dim),
+        ("off_o_sum", hidden),
+        ("off_gate", int(s["intermediate_size"])),
+        ("off_down_sum", hidden),
+    ):
+        s[field] = offset
+        offset += values // 4
+    s["row_words"] = round_up(offset - first, 16)
+    s["symmetric_words"] = first + (int(s["num_layers"]) + 1) * rows * int(s["row_words"])
 
 
 def partial_width(hidden: int) -> int:

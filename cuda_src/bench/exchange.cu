@@ -1,8 +1,9 @@
 // The exchange alone: the code of exchange.cuh in a loop, o_proj's buffers and down_proj's in turn as in a layer, so that condition C
-// (exchange.cuh) holds as it does there. Each time ends when every block of every rank has the whole sum, as bf16 activations.
+// (exchange.cuh) holds as it does there. Where bare words are used all blocks meet after num_layers times, as a step ends. Each time ends when every block of every rank has the whole sum, as bf16 activations.
 #include "bench.cuh"
 #include "../all_gather.cuh"
 #include "../exchange.cuh"
+#include "../renew.cuh"
 
 namespace imex {
 
@@ -27,9 +28,19 @@ DEV int slice_width(const Block& b) {  // values of a row that are this block's 
   return replicated(num_rows(b)) ? (int)shape().hidden_size : 2 * owned_pairs();
 }
 
+// Time number `time`, from 1 on, is a use of the sets of bare words, so a layer of a step.
+DEV void begin_time(Block& b, u32 time) {
+  b.step = (time - 1) / shape().num_layers;
+  b.waiter.layer = (time - 1) % shape().num_layers;
+}
+DEV bool end_time(Block& b) {
+  clear_set(b);
+  return b.waiter.layer + 1 < shape().num_layers || !meet(b.waiter, b.index, b.thread, shape().off_renew, b.step + 1);
+}
+
 // A block's units, a warp each.
-DEV void send_parts(Block& b, Exchange x, u32 epoch) {
-  const u32 slice = b.index % x.slices, source = b.params->rank * x.slices + slice, turn = epoch % kTurns;
+DEV void send_parts(Block& b, Exchange x, u32 time) {
+  const u32 slice = b.index % x.slices, source = b.params->rank * x.slices + slice, turn = time % kTurns;
   const int units = shape().hidden_size / kUnitRows, step = divide_up(shape().num_blocks - slice, x.slices);
   for (int unit = b.index / x.slices + b.warp * step; unit < units; unit += kConsumerWarps * step) {
     auto sum = [&](int row, int pair) {
@@ -38,30 +49,32 @@ DEV void send_parts(Block& b, Exchange x, u32 epoch) {
       const float late = before == kNever ? 1.f : 0.f;
       return float2{part_of(b, source, row, n, turn) + late, part_of(b, source, row, n + 1, turn)};
     };
-    send_unit(b, x, num_rows(b), slice, unit, epoch, sum);
+    send_unit(b, x, num_rows(b), slice, unit, layer_epoch(b.step, b.waiter.layer), sum);
   }
 }
-DEV bool reduce(Block& b, Exchange x, u32 epoch) {
-  send_parts(b, x, epoch);
-  return receive(b, x, epoch, false, !replicated(num_rows(b)), [] {});
+DEV bool reduce(Block& b, Exchange x, u32 time) {
+  send_parts(b, x, time);
+  return receive(b, x, b.waiter.layer, false, !replicated(num_rows(b)), [] {});
 }
 // Each by code of its own, as in decode.cu: sizes of an exchange that is chosen at run time would be no constants, and every word's place a
 // division of 40 instructions.
-DEV bool reduce_all(Block& b, u32 epoch) {
-  return epoch & 1 ? reduce(b, o_exchange(), epoch) : reduce(b, down_exchange(), epoch);
+DEV bool reduce_all(Block& b, u32 time) {
+  begin_time(b, time);
+  const bool well = time & 1 ? reduce(b, o_exchange(), time) : reduce(b, down_exchange(), time);
+  return well && (replicated(num_rows(b)) || end_time(b));
 }
 
-DEV bool gather_all(Block& b, u32 epoch) {
-  const u32 offset = epoch & 1 ? shape().off_o_sum : shape().off_down_sum;
+DEV bool gather_all(Block& b, u32 time) {
+  begin_time(b, time);
   const int total = num_rows(b) * shape().hidden_size / 2, share = divide_up(total, shape().world_size);
   const int begin = b.params->rank * share, mine = smaller(begin + share, total) - begin;
   const int last = begin + mine * (b.index + 1) / (int)shape().num_blocks;
   for (int i = begin + mine * b.index / (int)shape().num_blocks + b.thread; i < last; i += kConsumerThreads) {
     const int at = 2 * i, width = shape().hidden_size;
     const u32 before = *(const u32*)(activations(b) + activation_offset(at / width, at % width));
-    share_pair(b, offset, i, mixed(i, before == kNever ? 0 : epoch), epoch);
+    share_pair(b, at / width, i % (width / 2), mixed(i, before == kNever ? 0 : time));
   }
-  return take_all_pairs(b, offset, epoch);
+  return take_all_pairs(b) && end_time(b);
 }
 
 // Every block leaves a number that any wrong bit of its activations changes; owners leave their residual.
@@ -71,7 +84,8 @@ DEV void leave_results(Block& b) {
   u32 check = 0;
   for (int i = b.thread; i < rows * hidden / 2; i += kConsumerThreads) {
     const int row = 2 * i / hidden, n = 2 * i % hidden;
-    check += *(const u32*)(activations(b) + activation_offset(row, n)) * (2 * i + 1);
+    const u32 pair = *(const u32*)(activations(b) + activation_offset(row, n));
+    check += (pair == kTwoZeros ? 0 : pair) * (2 * i + 1);  // ONE_SHOT does not send them
   }
   atomic_add_gpu(checks + b.index, check);
   float* sums = (float*)(checks + shape().num_blocks);  // [rows, hidden]
@@ -87,8 +101,8 @@ DEV void measure(Block& b) {
   for (int i = b.thread; i < rows * width; i += kConsumerThreads) residual(b)[i] = 0.f;
   for (int i = b.thread; i < rows * (int)shape().hidden_size / 2; i += kConsumerThreads) ((u32*)activations(b))[i] = 0;
   consumer_sync();
-  if (job_of(b).probe == (u32)Probe::kAllGather) time_loop(b, [&](u32 epoch) { return gather_all(b, epoch); });
-  else time_loop(b, [&](u32 epoch) { return reduce_all(b, epoch); });
+  if (job_of(b).probe == (u32)Probe::kAllGather) time_loop(b, [&](u32 time) { return gather_all(b, time); });
+  else time_loop(b, [&](u32 time) { return reduce_all(b, time); });
   if (!b.waiter.failed) leave_results(b);
 }
 
@@ -99,7 +113,7 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams launch) {
   Block b = this_block(launch);
   if (b.thread == 0) {
     b.shared->fault.set = 0;
-    b.shared->num_rows = job_of(b).rows;
+    b.shared->num_rows = b.shared->last_rows = job_of(b).rows;
   }
   block_sync();
   if (b.warp < kConsumerWarps) {

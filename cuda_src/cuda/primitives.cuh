@@ -118,6 +118,22 @@ DEV void load_words(const u64* p, u64& first, u64& second) {
   asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(p) : "memory");
 }
 
+// Bare words (bare.cuh): each of four neighbours is an access of its own to PTX. A set is used once a step; that it stays in L2 so long, while all
+// weights pass through, takes a cache policy as createpolicy makes it: keep.
+constexpr u64 kEvictLast = 0x14F0000000000000ull;
+DEV void store_bare_word(u32* p, u32 pair) {
+  asm volatile("st.relaxed.sys.global.L2::cache_hint.u32 [%0], %1, %2;" ::"l"(p), "r"(pair), "l"(kEvictLast) : "memory");
+}
+DEV void load_bare_words(const u32* p, u32 (&pairs)[4]) {
+  asm volatile("ld.relaxed.sys.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+               : "l"(p), "l"(kEvictLast)
+               : "memory");
+}
+DEV void clear_bare_words(u32* p) {
+  asm volatile("st.relaxed.sys.global.L2::cache_hint.v4.u32 [%0], {%1, %1, %1, %1}, %2;" ::"l"(p), "r"(0), "l"(kEvictLast) : "memory");
+}
+
 DEV void store_event(TraceEvent* p, u32 clock, u32 what, u32 value, u32 step) {
   asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(clock), "r"(what), "r"(value), "r"(step)
                : "memory");

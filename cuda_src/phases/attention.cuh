@@ -131,9 +131,9 @@ DEV u32 split_words(int row, int head, int split) {
 }
 
 // Outputs d and d + 1 of a row's head.
-DEV void put_output(Block& b, int row, int head, int d, float2 v, u32 epoch) {
-  const u32 width = shape().num_heads * shape().head_dim, n = head * shape().head_dim + d;
-  store_word(own_words(b, shape().off_attn + (row * width + n) / 2), pack_bf16(v.x, v.y), epoch);
+DEV void put_output(Block& b, int row, int head, int d, float2 v) {
+  const int n = head * shape().head_dim + d;
+  store_bare(own_bare_words(b, shape().off_attn, b.waiter.layer, row) + n / 2, pack_bf16(v.x, v.y));
   tap(b, Phase::kAttention, row, n, v.x);
   tap(b, Phase::kAttention, row, n + 1, v.y);
 }
@@ -204,7 +204,7 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
       sum += weight * scale[w].y;
     }
     if (item.splits == 1) {
-      put_output(b, row, head, d, {fast_divide(v.x, sum), fast_divide(v.y, sum)}, epoch);
+      put_output(b, row, head, d, {fast_divide(v.x, sum), fast_divide(v.y, sum)});
     } else {
       u64* to = own_words(b, split_words(row, head, item.split));
       store_words(to + d, float_bits(v.x), float_bits(v.y), epoch);
@@ -258,7 +258,7 @@ DEV void merge_splits(Block& b, u32 epoch) {
     v.x = lanes_sum(v.x, lanes);
     v.y = lanes_sum(v.y, lanes);
     sum = lanes_sum(sum, lanes);
-    if ((b.lane & (lanes - 1)) == 0 && mine < pairs && !b.waiter.failed) put_output(b, row, head, d, {fast_divide(v.x, sum), fast_divide(v.y, sum)}, epoch);
+    if ((b.lane & (lanes - 1)) == 0 && mine < pairs && !b.waiter.failed) put_output(b, row, head, d, {fast_divide(v.x, sum), fast_divide(v.y, sum)});
     turn += shape().num_blocks * kConsumerWarps;
   }
 }

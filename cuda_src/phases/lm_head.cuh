@@ -69,7 +69,7 @@ DEV bool publish_best(Block& b) {
       best = k > best ? k : best;
     }
     fence_async_global();  // the KV rule: this block's pages, written before the barrier above, are visible before its word is
-    semaphore() ? fence_sys() : fence_gpu();  // semaphore.cuh: plain loads of other ranks' values come before their next stores
+    fence_step();
     const u32 at = shape().off_best + ((b.params->rank * shape().num_blocks + b.index) * shape().max_rows + row) * 2;
     for (u32 r = 0; r < shape().world_size; r++) store_words(words_of(b, r, at), (u32)(best >> 32), (u32)best, epoch);
   }

@@ -26,8 +26,8 @@ DEV bool sample(Block& b) {
         const u64 of_warp = warp_max(best);
         if (b.lane == 0) b.shared->best[i / per_row][b.warp] = of_warp;
       });
-  // The KV rule, reader's side: each thread for the words it read; the barriers below and step_begin carry it on.
-  semaphore() ? fence_sys() : fence_gpu();
+  // The KV rule's and the sets' (bare.cuh) reader's side: each thread for the words it read; the barriers below and step_begin carry it on.
+  fence_step();
   if (!all_well(b)) return false;
   mark(b, Mark::kInput, take_word_clocks(b));
   for (int row = b.thread; row < rows; row += kConsumerThreads) {

@@ -68,9 +68,9 @@ struct WaitNote {
   Wait kind;
   Phase phase;
   u32 layer;
-  u32 source;    // rank that owes the word
-  u32 expected;  // what a word has of the epoch above its payload, or parity
-  int payload_bits;
+  u32 source;        // rank that owes the word
+  u32 expected;      // what a word has of the epoch above its payload, or parity
+  int payload_bits;  // 0: a bare word, which is there when it is not zero
   u32 seen;
   bool idle;
   u64 began_ns;
@@ -260,6 +260,14 @@ inline void put_words(u64* p, u64 first, u64 second) {
   if (machine.weak) return delay_words(p, first, second, 2);
   __atomic_store_n(p, first, __ATOMIC_RELAXED);
   __atomic_store_n(p + 1, second, __ATOMIC_RELAXED);
+  if (machine.parked[bucket_of(p)]) wake_pair(p);
+}
+
+inline void put_bare(u32* p, u32 value) {
+  point();
+  tsan_word_stored(p);
+  if (machine.weak) return delay_relaxed(p, value);
+  __atomic_store_n(p, value, __ATOMIC_RELAXED);
   if (machine.parked[bucket_of(p)]) wake_pair(p);
 }
 

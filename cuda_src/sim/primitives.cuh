@@ -167,6 +167,14 @@ DEV void load_words(const u64* p, u64& first, u64& second) {
   second = __atomic_load_n(p + 1, __ATOMIC_RELAXED);
 }
 
+DEV void store_bare_word(u32* p, u32 pair) { sim::put_bare(p, pair); }
+DEV void load_bare_words(const u32* p, u32 (&pairs)[4]) {
+  for (int j = 0; j < 4; j++) pairs[j] = __atomic_load_n(p + j, __ATOMIC_RELAXED);
+}
+DEV void clear_bare_words(u32* p) {
+  for (int j = 0; j < 4; j++) sim::put_bare(p + j, 0);
+}
+
 DEV void store_event(TraceEvent* p, u32 clock, u32 what, u32 value, u32 step) { *p = {clock, what, value, step}; }
 
 // ---------------------------------------------------------------------------------------------- fences
@@ -190,77 +198,9 @@ DEV void fence_async_global() {
 }
 DEV void fence_async_shared() { sim::shared_proxy_fence(); }
 
-// ---------------------------------------------------------------------------------------------- waiting
-// What a wait needs to give up: whose abort word to look at, how long to be patient, whom to name. See faults.cuh.
-struct Waiter {
-  const RankParams* params;
-  u32 layer;
-  Phase phase;
-  bool failed;      // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
-  u32 word_clocks;  // trace.cuh: waited for words that were not there at the first poll
-};
-// Called when the deadline has passed or the rank was aborted; true when the wait must end without what it waited for.
-DEV bool give_up(const RankParams* params, Phase phase, u32 layer, Wait kind, bool idle, u32 source, u32 expected, u32 seen,
-                 u64 began_ns);
-DEV u64 timer_ns() { return sim::now_ns(); }
-DEV u32 clock_low() { return (u32)timer_ns(); }  // a clock of 1 GHz
-DEV void stand_still(u32 ns) { sim::stand_still(ns); }
-
-// One stay in the parking lot; true when give_up has ended the wait.
-DEV_CALL bool park_once(Waiter& w, sim::Park how, sim::WaitNote& note) {
-  note.phase = w.phase, note.layer = w.layer;
-  if (!note.began_ns) {
-    note.began_ns = timer_ns();
-    note.deadline_ns = note.idle ? ~0ull : note.began_ns + w.params->deadline_us * 1000ull;
-  }
-  if (!sim::park_wait(how, note)) return false;
-  w.failed = give_up(w.params, w.phase, w.layer, note.kind, note.idle, note.source, note.expected, note.seen, note.began_ns);
-  if (w.failed) return true;
-  if (!note.idle) note.deadline_ns = timer_ns() + 1'000'000;  // it knows better: do not ask again at once
-  return false;
-}
-
-DEV bool warp_any(bool v);
-template <int N, bool kTogether = false, class Address, class Source, class Payload>
-DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source,
-                    Payload (&out)[N][2]) {
-  constexpr int kPayloadBits = kBitsOfPayload<Payload>;
-  u64 word[N][2];
-  sim::WaitNote note{};
-  note.kind = kind, note.idle = idle, note.expected = epoch & ~(u32)0 >> (kPayloadBits - 32), note.payload_bits = kPayloadBits;
-  auto missing = [&]() -> const u64* {  // the first word that is not there yet
-    const u64* first = nullptr;
-    for (int i = 0; i < count; i++) {
-      load_words(address(i), word[i][0], word[i][1]);
-      for (int j = 0; j < 2 && !first; j++)
-        if ((u32)(word[i][j] >> kPayloadBits) != note.expected)
-          first = address(i) + j, note.source = source(i), note.seen = (u32)(word[i][j] >> kPayloadBits);
-    }
-    return first;
-  };
-  sim::point();
-  const u32 began = shape().trace ? clock_low() : 0;
-  bool late = false;
-  while ((note.address = missing()) && !w.failed) {
-    late = true;
-    if (park_once(w, sim::Park::kWord, note)) break;
-  }
-  if (late && shape().trace) w.word_clocks += clock_low() - began;
-  if (kTogether) w.failed = warp_any(w.failed);  // as on a GPU: who calls it is the whole warp
-  if (sim::kTsan)
-    for (int i = 0; i < 2 * count; i++) sim::tsan_word_awaited(address(i / 2) + i % 2);
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < 2; j++) out[i][j] = i < count ? (Payload)(word[i][j] & ((u64)1 << kPayloadBits) - 1) : 0;
-}
-DEV u32 wait_word_clock(Waiter& w, u32 epoch, const u64* p, u32 source, u32& payload) {
-  u32 words[1][2];
-  wait_words<1>(w, Wait::kWords, false, epoch, 1, [&](int) { return p; }, [&](int) { return source; }, words);
-  payload = words[0][0];
-  return clock_low();
-}
-constexpr u32 kPollsPerCheck = 8;  // the mailbox looks at the abort and stop words this seldom
-constexpr int kTestsPerPoll = 1;
-DEV void mailbox_pause() { sim::pause_idle(); }
+}  // namespace imex
+#include "waiting.cuh"
+namespace imex {
 
 // ---------------------------------------------------------------------------------------------- inside a block
 DEV void block_sync() { sim::block_barrier(0, kThreads, false); }

@@ -195,8 +195,11 @@ bool poll_words() {  // another process may have written what is waited for
   bool any = false;
   for (Fiber* f = machine.fibers; f < machine.fibers + machine.num_fibers; f++) {
     if (f->state != State::kParked || f->park != Park::kWord) continue;
-    if ((u32)(__atomic_load_n((const u64*)f->note.address, __ATOMIC_ACQUIRE) >> f->note.payload_bits) != f->note.expected)
-      continue;
+    const bool there =
+        f->note.payload_bits
+            ? (u32)(__atomic_load_n((const u64*)f->note.address, __ATOMIC_ACQUIRE) >> f->note.payload_bits) == f->note.expected
+            : __atomic_load_n((const u32*)f->note.address, __ATOMIC_ACQUIRE) != 0;
+    if (!there) continue;
     unlink_waiter(f);
     make_ready(f);
     any = true;

@@ -33,11 +33,11 @@ inline void tsan_switch(void* fiber) { __tsan_switch_to_fiber(fiber, 1); }  // 1
 inline void tsan_acquire(const void* key) { __tsan_acquire((void*)key); }
 inline void tsan_release(const void* key) { __tsan_release((void*)key); }
 #ifdef SIM_TSAN_STRICT
-inline void tsan_word_stored(u64*) {}
-inline void tsan_word_awaited(const u64*) {}
+inline void tsan_word_stored(void*) {}
+inline void tsan_word_awaited(const void*) {}
 #else
-inline void tsan_word_stored(u64* p) { __tsan_release(p); }
-inline void tsan_word_awaited(const u64* p) { __tsan_acquire((void*)p); }
+inline void tsan_word_stored(void* p) { __tsan_release(p); }
+inline void tsan_word_awaited(const void* p) { __tsan_acquire((void*)p); }
 #endif
 inline void tsan_read(const void* p, size_t bytes) { __tsan_read_range((void*)p, bytes); }
 inline void tsan_write(void* p, size_t bytes) { __tsan_write_range(p, bytes); }
@@ -53,8 +53,8 @@ inline void tsan_destroy(void*) {}
 inline void tsan_switch(void*) {}
 inline void tsan_acquire(const void*) {}
 inline void tsan_release(const void*) {}
-inline void tsan_word_stored(u64*) {}
-inline void tsan_word_awaited(const u64*) {}
+inline void tsan_word_stored(void*) {}
+inline void tsan_word_awaited(const void*) {}
 inline void tsan_read(const void*, size_t) {}
 inline void tsan_write(void*, size_t) {}
 inline void tsan_ignore(bool) {}

@@ -82,13 +82,13 @@ BUGS = [
     Mutation(
         "one_buffer",
         "partial sums are overwritten before a late block has read them",
-        (("bench/exchange.cu", "reduce(b, down_exchange(), epoch)", "reduce(b, o_exchange(), epoch)"),),
+        (("bench/exchange.cu", "reduce(b, down_exchange(), time)", "reduce(b, o_exchange(), time)"),),
         by="ONE_SHOT",
     ),
     Mutation(
-        "one_gather_buffer",
-        "parts are overwritten before a late block has read them",
-        (("bench/exchange.cu", "epoch & 1 ? shape().off_o_sum : shape().off_down_sum", "shape().off_o_sum"),),
+        "set_cleared_early",
+        "parts are cleared before a late block has read them",
+        (("bench/exchange.cu", "  return take_all_pairs(b) &&", "  clear_set(b);\n  return take_all_pairs(b) &&"),),
         by="all-gather",
     ),
     Mutation(

@@ -77,7 +77,7 @@ def test_a_flipped_epoch(folder):
     """Words in a rank's memory lose a bit of their epochs, again and again: the deadline passes of who waits for
     them, or of the other rank, which waits for what would come of them."""
     with cases.Nothing(), LLM(folder, **SETTINGS) as llm:
-        begin, end = int(llm.shape["off_o_part"]), int(llm.shape["off_o_sum"])
+        begin, end = int(llm.shape["off_o_part"]), int(llm.shape["off_down_part"])
         stream = llm.stream(cases.PROMPTS[0], cases.greedy(2000))
         next(stream)
         path = next(p for p in Path(f"/proc/{pids(llm.group)[1]}/fd").iterdir() if "imex-symmetric" in os.readlink(p))

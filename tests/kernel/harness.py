@@ -51,6 +51,16 @@ def whole_records(ring: np.ndarray) -> np.ndarray:
     return np.array([RecordEntry.of(line) for line in words[whole].tolist()], ENTRY)
 
 
+BARE = ("off_attn", "off_o_sum", "off_gate", "off_down_sum")  # buffers of bare words
+MINUS_ZERO = 0x80000000  # a pair of two zeros, as it is sent
+
+
+def bare_width(shape: np.void, field: str) -> int:
+    """Values of a row of a buffer of bare words."""
+    heads, dim, hidden, wide = (int(shape[name]) for name in ("num_heads", "head_dim", "hidden_size", "intermediate_size"))
+    return {"off_attn": heads * dim, "off_gate": wide}.get(field, hidden)
+
+
 class KernelRun:
     """All ranks of `shape` on `device`, weights loaded from `source`."""
 
@@ -152,6 +162,25 @@ class KernelRun:
         raw = self.device.download(self.ranks[rank].symmetric, (int(self.shape[field]) + offset) * 8, count * 8).view(np.uint64)
         assert np.all(raw >> np.uint64(32) == epoch), f"{field}: a word without epoch {epoch}"
         return (raw & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+
+    def bare(self, rank: int, field: str, layer: int | None = None) -> np.ndarray:
+        """uint32 [max_rows, width / 2]: bare words (cuda_src/bare.cuh) of a layer of step 0; 0: nothing is there.
+        Without a layer of all sets, [num_layers + 1, max_rows, width / 2]."""
+        rows, per_row, sets = (int(self.shape[name]) for name in ("max_rows", "row_words", "num_layers"))
+        memory = self.device.download(
+            self.ranks[rank].symmetric, int(self.shape["off_attn"]) * 8, (sets + 1) * rows * per_row * 8
+        )
+        at = 2 * int(self.shape[field] - self.shape["off_attn"])
+        found = memory.view(np.uint32).reshape(sets + 1, rows, 2 * per_row)[:, :, at : at + bare_width(self.shape, field) // 2]
+        return found if layer is None else found[layer]
+
+    def put_bare(self, rank: int, field: str, pairs: np.ndarray, layer: int) -> None:
+        """The first rows of a layer of step 0, uint32 [rows, width / 2]."""
+        rows, per_row = int(self.shape["max_rows"]), int(self.shape["row_words"])
+        sent = np.where(pairs == 0, np.uint32(MINUS_ZERO), pairs).astype(np.uint32)
+        for row, words in enumerate(sent):
+            at = int(self.shape[field]) + (layer * rows + row) * per_row
+            self.device.upload(self.ranks[rank].symmetric, at * 8, words.view(np.uint8))
 
     def put_plan(self, rows: list[tuple[int, int, int, bool, int]], sampling: dict[int, Sequence[int]] | None = None) -> None:
         """Plan of step 0: (token, position, slot, samples, page) of each row, to every rank; `sampling` words of rows that draw."""

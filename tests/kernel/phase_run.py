@@ -12,7 +12,7 @@ from imex_persist.model.reference import RankModel
 from imex_persist.model.rope import rope_table
 
 from .cases import Case, exchange_of
-from .harness import KernelRun, bf16_pairs, pack_words
+from .harness import BARE, MINUS_ZERO, KernelRun, bf16_pairs, pack_words
 from .pages import Pages, garbage, normal_bits
 
 FLOAT64 = Precision(np.float64)
@@ -84,15 +84,25 @@ class PhaseRun:
     def put_bf16(self, rank: int, field: str, width: int, scale: float = 1.0) -> np.ndarray:
         """Random words of every live row of a rank's buffer, as the uint16 bits [rows, width] they carry."""
         bits = normal_bits(self.rng, (self.rows, width), scale)
-        self.run.put_words(rank, field, bf16_pairs(bits), self.epoch)
+        if field in BARE:
+            self.run.put_bare(rank, field, bf16_pairs(bits), self.layer)
+        else:
+            self.run.put_words(rank, field, bf16_pairs(bits), self.epoch)
         return bits
 
     def get_bf16(self, rank: int, field: str, width: int, epoch: int | None = None) -> np.ndarray:
         """float32 [rows, width]; rows beyond the step's must not have been written."""
-        words, epochs = self.raw(rank, field, self.size("max_rows") * width // 2)
-        epochs = epochs.reshape(-1, width // 2)
-        assert np.all(epochs[: self.rows] == (epoch or self.epoch)), f"{field}: words are missing"
-        assert not epochs[self.rows :].any(), f"{field}: words of rows that the step has not"
+        if field in BARE:
+            words = self.run.bare(rank, field, (epoch or self.epoch) - 1)
+            here, elsewhere = words != 0, np.delete(self.run.bare(rank, field), (epoch or self.epoch) - 1, axis=0)
+            assert not elsewhere.any(), f"{field}: words in another set"
+            words = np.where(words == MINUS_ZERO, np.uint32(0), words)
+        else:
+            words, epochs = (a.reshape(-1, width // 2) for a in self.raw(rank, field, self.size("max_rows") * width // 2))
+            here = epochs == (epoch or self.epoch)
+            assert not epochs[self.rows :].any(), f"{field}: words of rows that the step has not"
+        assert np.all(here[: self.rows]), f"{field}: words are missing"
+        assert not here[self.rows :].any(), f"{field}: words of rows that the step has not"
         return to_float32(words.view(np.uint16)).reshape(-1, width)[: self.rows]
 
     def raw(self, rank: int, field: str, count: int) -> tuple[np.ndarray, np.ndarray]:

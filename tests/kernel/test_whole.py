@@ -99,7 +99,7 @@ def test_long_context(make_device, rounded):
     case = LONG
     run = run_whole(make_device, case, [{"prompt": prompt_of(case, 270), "max_tokens": 3}], tap=True, float24_partials=rounded)
     assert run.shape["max_splits"] > 1
-    assert run.words(0, "off_split", int(run.shape["off_attn"] - run.shape["off_split"])).any()
+    assert run.words(0, "off_split", int(run.shape["off_o_part"] - run.shape["off_split"])).any()
     check_greedy(run)
     expected = reference_logits(run, 0)[-1]
     assert np.abs(run.logits()[0] - expected).max() <= logit_limit(expected)
@@ -287,7 +287,6 @@ def test_ranks_agree(make_device, index):
     size = {name: int(run.shape[name]) for name in run.shape.dtype.names}
     wide, rows = size["hidden_size"], size["max_rows"]
     shared = {"off_plan": 2 * (2 + 4 * rows), "off_best": size["world_size"] * size["num_blocks"] * rows * 2}
-    shared |= {"off_o_sum": rows * wide // 2, "off_down_sum": rows * wide // 2}  # left unused in ONE_SHOT
     if size["strategy"] != Strategy.TWO_SHOT:  # else only a slice's owner has its partial sums
         sources = size["world_size"] * rows * partial_width(wide)
         shared |= {"off_o_part": sources, "off_down_part": sources * size["down_slices"]}
@@ -295,6 +294,10 @@ def test_ranks_agree(make_device, index):
         words = [run.words(rank, field, count) for rank in range(size["world_size"])]
         for other in words[1:]:
             np.testing.assert_array_equal(other, words[0], field)
+    for field in "off_o_sum", "off_down_sum":  # left unused in ONE_SHOT
+        sums = [run.kernel.bare(rank, field) for rank in range(size["world_size"])]
+        for other in sums[1:]:
+            np.testing.assert_array_equal(other, sums[0], field)
     for other in run.taps(Phase.EMBED)[1:]:
         np.testing.assert_array_equal(other, run.taps(Phase.EMBED)[0])
 

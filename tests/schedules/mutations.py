@@ -55,7 +55,7 @@ def gone(name: str, breaks: str, file: str, old: str, **more) -> Mutation:
 SYNC = "  consumer_sync();"
 TSAN, DRILL, THREADS = {"by": "tsan"}, {"by": "drill"}, {"by": "threads"}
 BLOCK = (
-    gone("gather_without_barrier", "activations are overwritten while a warp still multiplies with them", "words.cuh",
+    gone("gather_without_barrier", "activations are overwritten while a warp still multiplies with them", "bare.cuh",
          SYNC + "  // the phase before has read what stood there\n"),
     gone("attention_without_barrier", "an item takes the place of activations still being read", "phases/attention.cuh",
          SYNC + "  // the activations have been read: the item takes their place\n"),

@@ -11,7 +11,7 @@ IDLE = (
 )
 IDLE_CLAIMS = ("i < kClaims && per_use; i++)", "i < kClaims && per_use && m.index < m.units; i++)")
 ADMIT = "  fence_acquire_sys();  // the descriptor was seen: now what the host wrote before it is, too\n"
-SYNC_RENEW = "    consumer_sync();\n    ROLLED for (u32 r ="
+SYNC_RENEW = "  consumer_sync();\n  ROLLED for (u32 r ="
 WORDS = (
     one("one_epoch_for_all_layers", "words of the layer before are taken for this one's", "block.cuh",
         "renew_steps * epochs_per_step() + layer + 1", "renew_steps * epochs_per_step() + 1"),
@@ -19,7 +19,7 @@ WORDS = (
         "return step % shape().renew_steps *", "return (step & 1) *"),
     one("epoch_zero", "zeroed memory is taken for words", "block.cuh", "epochs_per_step() + layer + 1", "epochs_per_step() + layer"),
     one("down_awaits_this_layer", "qkv waits for the wrong epoch", "decode.cu",
-        "down_exchange(), epoch - 1, multiplies", "down_exchange(), epoch, multiplies"),
+        "down_exchange(), layer - 1, multiplies", "down_exchange(), layer, multiplies"),
     one("one_plan_buffer", "a plan is overwritten before every block has read it", "plan.cuh",
         "(step & 1) * plan_width()", "0 * plan_width()"),
     one("one_sum_buffer", "down sums overwrite o sums that a late block still reads", "exchange.cuh",
@@ -37,9 +37,9 @@ KV = (
     one("kv_writer_without_proxy_fence", "pages are written, but not for the async proxy", "phases/lm_head.cuh",
         "fence_async_global();  // the KV rule: this block's", "// the KV rule: this block's"),
     one("kv_writer_without_fence", "a block's word overtakes its pages", "phases/lm_head.cuh",
-        "    semaphore() ? fence_sys() : fence_gpu();  // semaphore.cuh", "    // semaphore.cuh"),
+        "    fence_step();\n", ""),
     one("kv_reader_without_fence", "words of `sample` make nothing else fresh", "phases/sample.cuh",
-        "  semaphore() ? fence_sys() : fence_gpu();\n  if (!all_well(b)) return false;", "  if (!all_well(b)) return false;"),
+        "  fence_step();\n  if (!all_well(b)) return false;", "  if (!all_well(b)) return false;"),
     one("kv_reader_without_proxy_fence", "copies through the async proxy read old pages", "decode.cu",
         "fence_async_global();  // the KV rule's last link", "// the KV rule's last link"),
     one("table_reader_without_fence", "page tables are read before this block has to see them", "plan.cuh",
@@ -52,6 +52,19 @@ KV = (
              (("decode.cu", "    if (phase == Phase::kGateUp) append_kv(b);\n", "    if (phase == Phase::kQkv) append_kv(b);\n"),), **TSAN),
     gone("chunk_without_proxy_fence", "a bulk copy into a stage is not ordered after plain writes to it", "phases/attention.cuh",
          "if (completes) fence_async_shared();"),
+)  # fmt: skip
+BARE = (
+    one("sets_never_cleared", "bare words of a step ago are taken for this one's", "bare.cuh", "at < chunks; at +=", "at < 0; at +="),
+    one("set_cleared_early", "bare words are cleared before a late block has read them", "decode.cu",
+        "    if (phase == Phase::kQkv && !attention(b)) return false;\n",
+        "    if (phase == Phase::kQkv) clear_set(b);\n    if (phase == Phase::kQkv && !attention(b)) return false;\n"),
+    one("one_set_too_few", "a set is used again before the end of a step says that it is cleared", "bare.cuh",
+        "return shape().num_layers + 1;", "return shape().num_layers;"),
+    one("rows_of_the_last_step", "rows that only the step before had are not cleared", "bare.cuh",
+        "b.waiter.layer ? b.shared->num_rows : b.shared->last_rows", "b.shared->num_rows"),
+    one("two_zeros_as_zero", "a pair of zeros is sent as what nobody has sent", "bare.cuh", "pair ? pair : kTwoZeros", "pair"),
+    one("sets_at_gpu_scope", "TWO_SHOT: an owner's sums are overtaken by another rank's zeros", "block.cuh",
+        "semaphore() || two_shot() ? fence_sys()", "semaphore() ? fence_sys()"),
 )  # fmt: skip
 MAILBOX = (
     one("two_steps_ahead", "a plan overwrites one that is not read yet", "mailbox.cuh",
@@ -82,20 +95,20 @@ LEAVING = (
               ("stream.cuh", "mbar_wait_warp(b.waiter, Wait::kTile, false, full, also",
                "mbar_wait(b.waiter, Wait::kTile, false, full, also")),
              **DRILL),
-    one("leaves_without_a_vote", "a block's warps do not leave together", "words.cuh", "  return all_well(b);\n}\n\n}  // namespace",
-        "  consumer_sync();\n  return !b.waiter.failed;\n}\n\n}  // namespace"),
+    one("leaves_without_a_vote", "a block's warps do not leave together", "bare.cuh", "  return all_well(b);\n}\n",
+        "  consumer_sync();\n  return !b.waiter.failed;\n}\n"),
 )  # fmt: skip
 RENEW = (
     one("renew_without_zeros", "epochs begin again and old words match them", "renew.cuh", "; meeting && pair <", "; false && pair <"),
     one("renew_without_first_meeting", "words are zeroed that a late block still waits for", "renew.cuh",
         "meeting = 0; meeting < 2", "meeting = 1; meeting < 2"),
     one("renew_without_second_meeting", "words of the next step are zeroed", "renew.cuh",
-        SYNC_RENEW, "    if (meeting) break;\n" + SYNC_RENEW),
-    one("renew_without_barrier", "a block is at the meeting before all its zeros are", "renew.cuh", SYNC_RENEW, "    ROLLED for (u32 r ="),
+        "    if (meet(", "    if (meeting) break;\n    if (meet("),
+    one("renew_without_barrier", "a block is at the meeting before all its zeros are", "renew.cuh", SYNC_RENEW, "  ROLLED for (u32 r ="),
     one("renew_with_one_set_of_words", "who is late at the first meeting finds the second's words", "renew.cuh",
-        "meeting * sources * 2", "0 * sources * 2"),
+        "meeting * shape().world_size", "0 * shape().world_size"),
 )  # fmt: skip
-MUTATIONS = {m.name: m for m in (*BLOCK, *WARP, *RING, *WORDS, *KV, *MAILBOX, *LEAVING, *RENEW)}
+MUTATIONS = {m.name: m for m in (*BLOCK, *WARP, *RING, *WORDS, *KV, *BARE, *MAILBOX, *LEAVING, *RENEW)}
 QUICK = (  # of every group one; hand-picked for time
     "gather_without_barrier", "hand_over_without_warp_sync", "expect_too_few_bytes", "one_sum_buffer",
     "kv_reader_without_proxy_fence", "two_steps_ahead",
