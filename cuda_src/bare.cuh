@@ -1,13 +1,14 @@
-// Bare words: pairs of bf16 without an epoch, half the bytes of tagged ones and half the instructions to take them in. What every block of a
-// rank gathers whole travels so: attention's output, gate_up's, and slice owners' sums. A place that nobody has written since it was cleared
+// Bare words: pairs of bf16 without an epoch, half the bytes of tagged ones and half the instructions to take them in. What all blocks of a
+// rank gather travels so: attention's output, gate_up's, and slice owners' sums. A place that nobody has written since it was cleared
 // is zero, and a pair that is zero is sent with one zero negative, which adds the same to every sum. So what is not zero is there.
 //
 // A place must be cleared between two uses, and whoever polls it for the second must not find the first. Hence sets of places: layer l of step
 // s is use u = s * num_layers + l and uses set u mod (num_layers + 1). A block clears its share of the set of use u - 1 in use u, when it has
 // taken in o_proj's exchange (clear_set). Why that is enough:
 //   - nobody reads or writes set u - 1 then. The block has, directly or through owners who did, an o_part word of use u of every block of every
-//     rank (condition C, exchange.cuh), and each sent it after its consumers had read whatever they read of use u - 1, down_sum being the last;
-//     and what no block has read nobody wrote;
+//     rank (condition C, exchange.cuh), and each sent it after its consumers had read whatever they read of use u - 1. What was written there
+//     somebody of the rank has read, so no store is still on its way: attention's words and the sums all blocks read, gate words those of the slice
+//     of down_proj, and each slice has a block. In a step without logits the last layer writes no gate words and no down sums;
 //   - the set is used again in use u + num_layers, which is of the next step. Between the two lies the end of this one: the zeros, a consumer
 //     barrier, fence.acq_rel, the block's word of `sample`; every block's word, fence.acq_rel, barriers, whatever comes next (the KV rule's way,
 //     kv.cuh). So the zeros happen before every poll and every store of the next use. At the GPU's scope, since a rank's words of a set are stored

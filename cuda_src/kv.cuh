@@ -1,4 +1,4 @@
-// KV pages: where they are, the order inside, and the one fence on the token path.
+// KV pages: where they are, the order inside, and the one fence on the token path, which is the sets' too (bare.cuh).
 //
 // A page belongs to one KV head of one layer: page_size positions in chunks of 32, each chunk K then V. In K, a unit of eight
 // positions is a tensor-core tile like a weight tile; which eight follows from flash_chunk: lane (n, quarter) must end up with
@@ -6,7 +6,7 @@
 //
 // The KV rule. A step's k and v travel to its own attention as words; pages are written by plain stores (append_kv) and read in
 // later steps by bulk copies, the async proxy, of other SMs. Words order nothing but themselves, so:
-//   writer: all its stores, consumer barrier, fence.proxy.async + fence.acq_rel.gpu, then its word of `sample`;
+//   writer: all its stores, consumer barrier, fence.proxy.async + fence.acq_rel.gpu (fence_step), then its word of `sample`;
 //   reader: has that word of every block, fence.acq_rel.gpu, mbarrier to its producer, fence.proxy.async, then the copy.
 // Weights never wait for this: the producer meets it at the first attention of a step, with layer 0's QKV already in the ring.
 // A page is never written while a copy of it is in flight: append_kv runs after o_proj's exchange, which every block enters only

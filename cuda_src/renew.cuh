@@ -1,7 +1,7 @@
-// Epochs have 32 bits, of which wide words carry 16. Before what the narrowest word carries would wrap, every renew_steps steps, all words are
-// zeroed and epochs begin again: nothing of the steps before can match, and a server may run for ever.
+// Epochs have 32 bits, of which wide words carry 16. Before what the narrowest word carries would wrap, every renew_steps steps, all words with
+// an epoch are zeroed and epochs begin again: nothing of the steps before can match, and a server may run for ever.
 //
-// Between two steps all blocks of all ranks meet, zero their share of their own rank's memory, and meet again. Why this is enough:
+// Between two steps all blocks of all ranks meet, zero their share of their own rank's words, and meet again. Why this is enough:
 //   - a block comes to the first meeting when it has passed `sample` and its barrier: it has read all it will ever read of the step, and
 //     whatever it sent has been read by somebody who is at the meeting too, or is on the way there, or nobody will read it: entries behind
 //     a list's head, logits of rows that do not sample. Of those its fence before its word of the first meeting says that they are stored

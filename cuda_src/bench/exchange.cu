@@ -66,8 +66,8 @@ DEV bool reduce_all(Block& b, u32 time) {
 
 DEV bool gather_all(Block& b, u32 time) {
   begin_time(b, time);
-  const int total = num_rows(b) * shape().hidden_size / 2, share = divide_up(total, shape().world_size);
-  const int begin = b.params->rank * share, mine = smaller(begin + share, total) - begin;
+  const int total = num_rows(b) * shape().hidden_size / 2, world = shape().world_size, rank = b.params->rank;
+  const int begin = total * rank / world, mine = total * (rank + 1) / world - begin;  // at least one for each block: exchange_shape
   const int last = begin + mine * (b.index + 1) / (int)shape().num_blocks;
   for (int i = begin + mine * b.index / (int)shape().num_blocks + b.thread; i < last; i += kConsumerThreads) {
     const int at = 2 * i, width = shape().hidden_size;
@@ -103,7 +103,12 @@ DEV void measure(Block& b) {
   consumer_sync();
   if (job_of(b).probe == (u32)Probe::kAllGather) time_loop(b, [&](u32 time) { return gather_all(b, time); });
   else time_loop(b, [&](u32 time) { return reduce_all(b, time); });
-  if (!b.waiter.failed) leave_results(b);
+  if (b.waiter.failed) return;
+  leave_results(b);
+  // All sets are left clear, the last too: the next launch may have other rows.
+  if (meet(b.waiter, b.index, b.thread, shape().off_renew + shape().world_size * shape().num_blocks * 2, b.step * shape().num_layers + b.waiter.layer + 1)) return;
+  b.waiter.layer++;
+  clear_set(b);
 }
 
 }  // namespace imex

@@ -1,5 +1,6 @@
 // sample: every block's candidates -> the next token of every row, the same on every block of every rank. Also the end of the step:
-// having the word of every block, KV pages of this step may be read and claim counters of this parity used again.
+// having the word of every block, KV pages of this step may be read, claim counters of this parity used again, and sets of bare words that this
+// step has cleared.
 #pragma once
 #include "../logprobs.cuh"
 #include "lm_head.cuh"

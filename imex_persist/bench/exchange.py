@@ -19,7 +19,7 @@ from imex_persist.runtime import capacity
 
 LOOPS = {"cuda": (200, 2000), "sim": (1, 4)}  # warm-up and timed iterations of a launch
 SOURCE = "exchange.cu"
-MAX_EPOCHS = (1 << 16) - 8  # what a wide word has of an epoch, and some for the exchange that measures the error
+MAX_EPOCHS = (1 << 16) - 8  # exchanges between two zeroings of all words, and some for the one that measures the error
 RUNS = {"cuda": 3, "sim": 1}
 
 
@@ -136,5 +136,5 @@ def check(ranks: Ranks, shape, job: dict, epoch: int, name: dict) -> None:
 
 
 def least_us(values: int, blocks: int, one_way_us: float, l2_gb_s: float) -> float:
-    """No exchange by tagged words is faster: a word on its way, and every block reads the sums, two values in 8 bytes, from L2."""
-    return one_way_us + blocks * values * 4 / l2_gb_s / 1e3
+    """No exchange by words is faster: a word on its way, and every block reads the sums, bare words of 2 bytes a value, from L2."""
+    return one_way_us + blocks * values * 2 / l2_gb_s / 1e3

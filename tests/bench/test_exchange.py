@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from imex_persist import abi
+from imex_persist import abi, planner
 from imex_persist.bench import sums
 from imex_persist.bench.exchange import VARIANTS, check_sizes
 from imex_persist.device import sources
@@ -17,6 +17,13 @@ from .exchanges import REDUCING, Exchanges, shape_of
 
 WORLDS = (2, 3, 4, 8)
 SEEDS = 12
+
+
+@pytest.fixture(autouse=True)
+def short_steps(monkeypatch):
+    """So that sets of bare words come up again in a run of few exchanges."""
+    monkeypatch.setattr(planner, "EXCHANGES_A_STEP", 3)
+
 
 
 def make(variant, world, lanes=1, *, blocks=3, hidden=96, rows=3, slices=1, source="", **config) -> Exchanges:
@@ -47,6 +54,15 @@ def test_with_a_fiber_for_every_thread(variant, world):
     for seed in range(2):
         run.probe.device.config.seed = seed
         assert run.run(2, 3) == []
+
+
+@pytest.mark.parametrize("world", [5, 6, 7])
+def test_an_all_gather_of_few_values(world):
+    """Every block of every rank sends something, also where ranks do not divide them: else a set would be cleared before all have read it."""
+    run = make(next(v for v in VARIANTS if v.gather), world, hidden=64, rows=1, mode="random", delay=True, stalls=True)
+    for seed in range(SEEDS):
+        run.probe.device.config.seed = seed
+        assert run.run(1, 12) == []
 
 
 @pytest.mark.parametrize("variant", REDUCING, ids=lambda v: v.name)
