@@ -58,7 +58,7 @@ def test_with_a_fiber_for_every_thread(variant, world):
 
 @pytest.mark.parametrize("world", [5, 6, 7])
 def test_an_all_gather_of_few_values(world):
-    """Every block of every rank sends something, also where ranks do not divide them: else a set would be cleared before all have read it."""
+    """Every block of every rank sends something, also where ranks do not divide it: else a set is cleared before all have read it."""
     run = make(next(v for v in VARIANTS if v.gather), world, hidden=64, rows=1, mode="random", delay=True, stalls=True)
     for seed in range(SEEDS):
         run.probe.device.config.seed = seed
