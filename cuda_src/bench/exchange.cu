@@ -67,7 +67,8 @@ DEV bool reduce_all(Block& b, u32 time) {
 DEV bool gather_all(Block& b, u32 time) {
   begin_time(b, time);
   const int total = num_rows(b) * shape().hidden_size / 2, world = shape().world_size, rank = b.params->rank;
-  const int begin = total * rank / world, mine = total * (rank + 1) / world - begin;  // at least one for each block: exchange_shape
+  const int begin = total * rank / world,
+            mine = total * (rank + 1) / world - begin;  // at least one for each block: exchange_shape
   const int last = begin + mine * (b.index + 1) / (int)shape().num_blocks;
   for (int i = begin + mine * b.index / (int)shape().num_blocks + b.thread; i < last; i += kConsumerThreads) {
     const int at = 2 * i, width = shape().hidden_size;
@@ -106,7 +107,9 @@ DEV void measure(Block& b) {
   if (b.waiter.failed) return;
   leave_results(b);
   // All sets are left clear, the last too: the next launch may have other rows.
-  if (meet(b.waiter, b.index, b.thread, shape().off_renew + shape().world_size * shape().num_blocks * 2, b.step * shape().num_layers + b.waiter.layer + 1)) return;
+  if (meet(b.waiter, b.index, b.thread, shape().off_renew + shape().world_size * shape().num_blocks * 2,
+           b.step * shape().num_layers + b.waiter.layer + 1))
+    return;
   b.waiter.layer++;
   clear_set(b);
 }

@@ -21,6 +21,7 @@ from imex_persist.runtime.sampling import Sampling
 
 _WORDS = struct.Struct("16I")
 _RECORD = struct.Struct("8Q")  # native: payload and tag of a word come by one load
+_TAGS = struct.Struct("4xI" * 8)  # of a record's words, their high halves
 _MASK = 0xFFFFFFFF
 _DESCRIPTORS = abi.Mailbox.fields["descriptors"][1]
 _RECORDS = abi.Mailbox.fields["records"][1]
@@ -84,8 +85,9 @@ class Mailbox:
             raise ValueError(f"a mailbox for {layout} needs {layout.nbytes} bytes: {len(view)} were given")
         self.layout = layout
         self._view = view
-        self._u4, self._u8 = view.cast("I"), view.cast("Q")
+        self._u4 = view.cast("I")
         self._posted = 0  # sequence number of the last descriptor
+        self._next_line = _LINES[0]
         self._acked = 0
         self._has_read(0)
         self._lock = threading.Lock()
@@ -168,25 +170,29 @@ class Mailbox:
         return _WORDS.pack(*entry, abi.descriptor_check(entry))
 
     def post(self, line: bytes) -> int:
-        self._view[_LINES[self._posted % abi.DESCRIPTOR_SLOTS]] = line
+        self._view[self._next_line] = line  # first of all: the rest is done while the kernel reads it
         self._posted = (self._posted + 1) & _MASK
+        self._next_line = _LINES[self._posted % abi.DESCRIPTOR_SLOTS]
         return self._posted
 
     # ---------------------------------------------------------------------------------------- records
     def await_record(self, looks: int) -> bool:
-        """Whether there is something to `poll` within so many looks, each as short as Python can make it."""
-        words, last, tag = self._u8, self._next_last, self._next_tag
+        """Whether there is something to `poll` within so many looks, each as short as Python can make it. Only tags are looked at."""
+        words, last, tag = self._u4, self._next_last, self._next_tag
         for _ in range(looks):  # noqa: SIM110  a generator takes longer
-            if words[last] >> 32 == tag and self._next_words():  # most looks end at its last word
+            if (
+                words[last] == tag and _TAGS.unpack_from(self._view, self._next_at) == self._next_tags
+            ):  # most looks end at the last one
                 return True
         return False
 
     def _has_read(self, sequence: int) -> None:
-        """The last record's number; so which tag the next one has, and where it and its last word will be."""
+        """The last record's number; so which tag the next one has, and where it and the tag of its last word will be."""
         self._read = sequence
         self._next_tag = (sequence + 1) & _MASK
         self._next_at = _RECORDS + sequence % abi.RECORD_SLOTS * _RECORD.size
-        self._next_last = self._next_at // 8 + 7
+        self._next_tags = (self._next_tag,) * 8
+        self._next_last = self._next_at // 4 + 15
 
     def _next_words(self) -> tuple[int, ...] | None:
         """The words of the next record, once all of them are its own."""
@@ -240,4 +246,3 @@ class Mailbox:
     def close(self) -> None:
         """Lets go of the memory. No thread may use the mailbox any more."""
         self._u4.release()
-        self._u8.release()

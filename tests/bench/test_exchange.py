@@ -25,7 +25,6 @@ def short_steps(monkeypatch):
     monkeypatch.setattr(planner, "EXCHANGES_A_STEP", 3)
 
 
-
 def make(variant, world, lanes=1, *, blocks=3, hidden=96, rows=3, slices=1, source="", **config) -> Exchanges:
     device = SimDevice(lanes, blocks * world, **config)
     shape = shape_of(variant, world, hidden=hidden, rows=rows, machine=device_of_one_rank(device, world), slices=slices)
