@@ -25,6 +25,7 @@ REGISTER_FILE = 65536
 SPILL_BYTES = {"sm_90a": 64}
 SPILL_BYTES_LATER = 768
 LOCAL_BESIDE = 2  # with heads of 128 one value is fetched again among attention's, a chunk of 32 positions
+LOCAL_BESIDE_OF = {"smollm2-tp2": 6}  # the warp's number, once a unit in each of six loops: it is used at the unit's end
 UNROLLED = 4  # matrix instructions in a row, at least, where a tile is multiplied: fewer means a branch inside the loop
 
 
@@ -57,7 +58,7 @@ def test_the_kernel_compiles_within_its_budget(case, arch):
     assert not spilled, f"more local memory is used than what is stored around attention: {spilled}"
     check_ptx(build.ptx)
     if tool := nvdisasm():
-        check_sass(basic_blocks(build.cubin, tool), tuned=arch in SPILL_BYTES)
+        check_sass(basic_blocks(build.cubin, tool), arch in SPILL_BYTES, LOCAL_BESIDE_OF.get(case.name, LOCAL_BESIDE))
 
 
 def check_ptx(ptx: str) -> None:
@@ -67,6 +68,7 @@ def check_ptx(ptx: str) -> None:
         ("ld.shared.v4", "the operands of the tensor cores are 16-byte loads that are known to be of shared memory"),
         ("st.relaxed.sys.global.v2.u64", "words are stored in pairs"),
         ("ld.relaxed.sys.global.v2.u64", "words are polled in pairs"),
+        ("ld.relaxed.sys.global.L2::cache_hint.v4.u32", "bare words are polled four at a time, and kept in L2"),
         ("mbarrier.try_wait.parity.acquire.cta", "tiles are awaited on mbarriers"),
     ):
         assert instruction in ptx, f"{instruction} is missing from the PTX: {why}"
@@ -88,7 +90,7 @@ def test_a_register_that_nothing_writes_is_found():
     assert unwritten_registers(ptx) == {"%rd1", "%r4", "%r5"}
 
 
-def check_sass(blocks: list[list[str]], tuned: bool) -> None:
+def check_sass(blocks: list[list[str]], tuned: bool, beside: int) -> None:
     opcodes = Counter(opcode for block in blocks for opcode in block)
     for wanted in ("HMMA.16816.F32.BF16", "LDS.128", "UBLKCP.S.G", "LDG.E.128.STRONG.SYS", "STG.E.128.STRONG.SYS"):
         assert opcodes[wanted], f"{wanted} is missing from the machine code"
@@ -98,7 +100,7 @@ def check_sass(blocks: list[list[str]], tuned: bool) -> None:
         )
     matrix = [Counter(block) for block in blocks if any(opcode.startswith("HMMA") for opcode in block)]
     local = [opcode for block in matrix for opcode in block.elements() if opcode.startswith(("LDL", "STL"))]
-    assert len(local) <= LOCAL_BESIDE or not tuned, f"local memory is used beside the matrix instructions: {local}"
+    assert len(local) <= beside or not tuned, f"local memory is used beside the matrix instructions: {local}"
     narrow = {opcode for block in matrix for opcode in block if opcode.startswith(("LDS.U", "LDS.S"))}
     assert not narrow, f"beside the matrix instructions shared memory is read with {narrow}, value by value"
     generic = {opcode for block in matrix for opcode in block if opcode.partition(".")[0] == "LD"}

@@ -63,8 +63,6 @@ BARE = (
     one("rows_of_the_last_step", "rows that only the step before had are not cleared", "bare.cuh",
         "b.waiter.layer ? b.shared->num_rows : b.shared->last_rows", "b.shared->num_rows"),
     one("two_zeros_as_zero", "a pair of zeros is sent as what nobody has sent", "bare.cuh", "pair ? pair : kTwoZeros", "pair"),
-    one("gate_rows_read_late", "an adder sends gate words of rows that the next step has", "phases/gate_up.cuh",
-        "i < rows * 2", "i < num_rows(b) * 2"),
 )  # fmt: skip
 MAILBOX = (
     one("two_steps_ahead", "a plan overwrites one that is not read yet", "mailbox.cuh",
