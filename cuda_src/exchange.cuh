@@ -181,7 +181,7 @@ DEV bool receive(Block& b, Exchange x, int layer, bool multiplies, bool sums, Ta
     squares = receive_whole(b, norm, x, epoch);
   } else {
     gather_bare(b, x.sum_offset, layer, 0, shape().hidden_size);
-    if (norm.weighs) consumer_sync();  // it is dealt otherwise than octs are
+    if (norm.weighs) consumer_sync();  // weights are dealt by quads
   }
   return end_residual(b, norm, squares);
 }

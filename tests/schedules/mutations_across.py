@@ -49,7 +49,8 @@ KV = (
     one("table_never_told", "no plan tells of the page table of a prompt from position 0", "mailbox.cuh",
         "m.new_tables == NewTables::kPlanAfterNext ? NewTables::kNextPlan : NewTables::kNone;", "NewTables::kNone;", **DRILL),
     Mutation("append_before_o_proj", "pages are written while other blocks' copies of them are in flight",
-             (("decode.cu", "    if (phase == Phase::kGateUp) append_kv(b);\n", "    if (phase == Phase::kQkv) append_kv(b);\n"),), **TSAN),
+             (("decode.cu", "    if (phase == Phase::kGateUp) append_kv(b), clear_set(b);\n",
+               "    if (phase == Phase::kQkv) append_kv(b);\n    if (phase == Phase::kGateUp) clear_set(b);\n"),), **TSAN),
     gone("chunk_without_proxy_fence", "a bulk copy into a stage is not ordered after plain writes to it", "phases/attention.cuh",
          "if (completes) fence_async_shared();"),
 )  # fmt: skip
@@ -62,7 +63,7 @@ BARE = (
         "return shape().num_layers + 1;", "return shape().num_layers;"),
     one("rows_of_the_last_step", "rows that only the step before had are not cleared", "bare.cuh",
         "b.waiter.layer ? b.shared->num_rows : b.shared->last_rows", "b.shared->num_rows"),
-    one("two_zeros_as_zero", "a pair of zeros is sent as what nobody has sent", "bare.cuh", "pair ? pair : kTwoZeros", "pair"),
+    one("two_zeros_as_zero", "a pair of zeros is sent as a place that is clear", "bare.cuh", "pair ? pair : kTwoZeros", "pair"),
 )  # fmt: skip
 MAILBOX = (
     one("two_steps_ahead", "a plan overwrites one that is not read yet", "mailbox.cuh",
