@@ -30,7 +30,7 @@ STEP_S = {"open": 120.0, "build": 900.0, "load": 3600.0}  # how long a step may 
 STEP_DEFAULT_S = 60.0
 RESIDENT_S = 30.0  # beyond the deadline, for the kernel to say that it polls
 SLOW_S = 1.0  # after which a step says what it does
-END_S = 3.0  # for a worker to end by itself
+END_S = 3.0  # for the workers to end by themselves
 
 Progress = Callable[[int, int, int], None]  # rank, bytes so far, bytes in all
 
@@ -248,8 +248,9 @@ class Group:
         finally:
             for worker in self.workers:
                 worker.channel.close()  # all of them first: they end at the same time
+            limit = time.monotonic() + END_S
             for worker in self.workers:
-                worker.end(END_S)
+                worker.end(max(0.0, limit - time.monotonic()))
             if self.mailbox is not None:
                 self.mailbox.close()
             if self._mailbox_block is not None:
