@@ -5,7 +5,8 @@
 //   adders    (warps 8, 9) sum what the consumers computed and send it off as words (adders.cuh)
 //   producer  (warp 10)    streams the weights and KV pages of the same phases through a ring in shared memory (stream.cuh)
 //   mailbox   (warp 11)    on rank 0's block 0 talks to the host and plans the steps (mailbox.cuh)
-// Activations cross blocks and ranks as words, tagged (words.cuh) or bare (bare.cuh); partial sums cross ranks inside o_proj and down_proj (exchange.cuh).
+// Activations cross blocks and ranks as words, tagged (words.cuh) or bare (bare.cuh); partial sums cross ranks inside o_proj and down_proj
+// (exchange.cuh).
 // There is no barrier of the grid and no fence on the token path but that at a step's end (kv.cuh).
 #include "adders.cuh"
 #include "mailbox.cuh"

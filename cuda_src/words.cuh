@@ -1,5 +1,5 @@
-// Tagged words: how partial sums, queries, keys and values, plans and tokens cross blocks and ranks. A value and its epoch are one 64-bit store, so whoever sees the epoch it
-// expects has the value: no fence, no flag. Nothing else becomes visible by it; what is not in the word needs a fence (kv.cuh).
+// Tagged words: how partial sums, queries, keys and values, plans and tokens cross blocks and ranks. A value and its epoch are one 64-bit
+// store, so whoever sees the epoch it expects has the value: no fence, no flag. Nothing else becomes visible by it; what is not in the word needs a fence (kv.cuh).
 //
 // A tagged word has 32 bits of payload and the epoch. A wide word has 48, and of the epoch the last 16: enough while epochs begin again before
 // they have counted so far (renew_steps), since a word that nobody wrote for so long would else look new. A bare word has no epoch (bare.cuh).

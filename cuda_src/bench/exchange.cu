@@ -1,5 +1,6 @@
 // The exchange alone: the code of exchange.cuh in a loop, o_proj's buffers and down_proj's in turn as in a layer, so that condition C
-// (exchange.cuh) holds as it does there. Where bare words are used all blocks meet after num_layers times, as a step ends. Each time ends when every block of every rank has the whole sum, as bf16 activations.
+// (exchange.cuh) holds as it does there. Where bare words are used all blocks meet after num_layers times, as a step ends; that and
+// clearing are in the time. Each time ends when every block of every rank has the whole sum, as bf16 activations.
 #include "bench.cuh"
 #include "../all_gather.cuh"
 #include "../exchange.cuh"

@@ -3,14 +3,6 @@
 
 namespace imex {
 
-// What a wait needs to give up: whose abort word to look at, how long to be patient, whom to name. See faults.cuh.
-struct Waiter {
-  const RankParams* params;
-  u32 layer;
-  Phase phase;
-  bool failed;      // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
-  u32 word_clocks;  // trace.cuh: waited for words that were not there at the first poll
-};
 // Called every so many failed polls, with when the wait began; true when the wait must end without what it waited for.
 // `idle` waits (for the next plan, and for whoever waits for those who do) have no deadline: only the abort word ends them.
 // With plain numbers, so that no Waiter needs an address and the fast path keeps everything in registers.

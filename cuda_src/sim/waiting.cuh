@@ -3,14 +3,6 @@
 
 namespace imex {
 
-// What a wait needs to give up: whose abort word to look at, how long to be patient, whom to name. See faults.cuh.
-struct Waiter {
-  const RankParams* params;
-  u32 layer;
-  Phase phase;
-  bool failed;      // a wait of this thread gave up; every later wait returns at once, and the block leaves at its next vote
-  u32 word_clocks;  // trace.cuh: waited for words that were not there at the first poll
-};
 // Called when the deadline has passed or the rank was aborted; true when the wait must end without what it waited for.
 DEV bool give_up(const RankParams* params, Phase phase, u32 layer, Wait kind, bool idle, u32 source, u32 expected, u32 seen,
                  u64 began_ns);
@@ -32,6 +24,19 @@ DEV_CALL bool park_once(Waiter& w, sim::Park how, sim::WaitNote& note) {
   return false;
 }
 
+// The wait for words whose first missing one missing() names, and describes in `note`; its loads are a poll.
+template <class Missing>
+DEV void park_until(Waiter& w, sim::WaitNote& note, Missing missing) {
+  sim::point();
+  const u32 began = shape().trace ? clock_low() : 0;
+  bool late = false;
+  while ((note.address = missing()) && !w.failed) {
+    late = true;
+    if (park_once(w, sim::Park::kWord, note)) break;
+  }
+  if (late && shape().trace) w.word_clocks += clock_low() - began;
+}
+
 DEV bool warp_any(bool v);
 template <int N, bool kTogether = false, class Address, class Source, class Payload>
 DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Address address, Source source,
@@ -50,14 +55,7 @@ DEV void wait_words(Waiter& w, Wait kind, bool idle, u32 epoch, int count, Addre
     }
     return first;
   };
-  sim::point();
-  const u32 began = shape().trace ? clock_low() : 0;
-  bool late = false;
-  while ((note.address = missing()) && !w.failed) {
-    late = true;
-    if (park_once(w, sim::Park::kWord, note)) break;
-  }
-  if (late && shape().trace) w.word_clocks += clock_low() - began;
+  park_until(w, note, missing);
   if (kTogether) w.failed = warp_any(w.failed);  // as on a GPU: who calls it is the whole warp
   if (sim::kTsan)
     for (int i = 0; i < 2 * count; i++) sim::tsan_word_awaited(address(i / 2) + i % 2);
@@ -77,14 +75,7 @@ DEV void wait_bare_words(Waiter& w, u32 epoch, int count, Address address, u32 s
     }
     return first;
   };
-  sim::point();
-  const u32 began = shape().trace ? clock_low() : 0;
-  bool late = false;
-  while ((note.address = missing()) && !w.failed) {
-    late = true;
-    if (park_once(w, sim::Park::kWord, note)) break;
-  }
-  if (late && shape().trace) w.word_clocks += clock_low() - began;
+  park_until(w, note, missing);
   w.failed = warp_any(w.failed);
   if (sim::kTsan)
     for (int i = 0; i < 4 * count; i++) sim::tsan_word_awaited(address(i / 4) + i % 4);

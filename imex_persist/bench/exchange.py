@@ -19,7 +19,8 @@ from imex_persist.runtime import capacity
 
 LOOPS = {"cuda": (200, 2000), "sim": (1, 4)}  # warm-up and timed iterations of a launch
 SOURCE = "exchange.cu"
-MAX_EPOCHS = (1 << 16) - 8  # exchanges between two zeroings of all words, and some for the one that measures the error
+# exchanges between two zeroings of all words: before their epochs begin again, with room for the one that measures the error
+MAX_EPOCHS = planner.EXCHANGES_A_STEP * planner.EXCHANGE_STEPS - 8
 RUNS = {"cuda": 3, "sim": 1}
 
 
