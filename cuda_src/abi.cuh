@@ -242,7 +242,8 @@ struct Descriptor {
   unsigned int cached_len;
   unsigned int draw;
   unsigned int num_logprobs;
-  unsigned int _reserved[2];
+  unsigned int first_token;
+  unsigned int first_page;
   unsigned int check;
 };
 static_assert(sizeof(Descriptor) == 64);

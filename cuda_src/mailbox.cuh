@@ -46,7 +46,7 @@ static_assert(sizeof(MailboxState) <= kMailboxBytes, "raise kMailboxBytes in blo
 
 constexpr u64 kHostSilenceNs = 30000000000ull;  // a host whose heartbeat stops for so long is gone
 
-// Page tables written at an admission: in which plan their readers are told (publish_plan).
+// Page tables written for new requests: in which plan their readers are told (publish_plan). In order of haste.
 enum class NewTables : u32 { kNone, kPlanAfterNext, kNextPlan };
 
 struct MailboxWarp {
@@ -63,7 +63,9 @@ struct MailboxWarp {
   u32 unpolled = 0;  // steps that ended since the ring was last looked at
   u32 turn = 0;      // the slot that is dealt a row first (choose_rows)
   NewTables new_tables = NewTables::kNone;
-  u32 fresh_slot = ~0u, fresh_position, fresh_token;  // the last request admitted: the first token to run, + lane
+  // Of the last request admitted: token number fresh_position + lane, page number 0, and whether its arena is still to be read.
+  u32 fresh_slot = ~0u, fresh_position, fresh_token, fresh_page;
+  bool unread = false;
 };
 
 // ---------------------------------------------------------------------------------------------- descriptors
@@ -105,8 +107,9 @@ DEV void fill_slot(SlotState& slot, const Descriptor& d, u32 ticket) {
 // Words order nothing but themselves, so the other direction takes two fences: in publish_plan, between the stores of all lanes and the
 // header of a plan that says kPlanNewPages; and by whoever reads such a header, before its block's producer goes on (begin_step).
 // A request that begins at position 0 can wait for that until its second step: in the first one, every page it attends to is that of a
-// row of the same step, and comes with the plan. So the fence is not on the way to its first token.
-DEV void write_page_table(MailboxWarp& m, const Descriptor& d) {
+// row of the same step, and comes with the plan. So the fence is not on the way to its first token, and where that step has one row of it, nor
+// is the table.
+DEV void write_page_table(MailboxWarp& m, const Descriptor& d, NewTables told) {
   constexpr int kBatch = 4;  // reads of host memory under way
   const u32* pages = arena_of(m.rings) + d.arena + d.prompt_len;
   ROLLED for (u32 base = m.lane; base < d.num_pages; base += kBatch * LANES) {
@@ -118,14 +121,13 @@ DEV void write_page_table(MailboxWarp& m, const Descriptor& d) {
         if (base + i * LANES < d.num_pages) store_global(table + base + i * LANES, page[i]);
     }
   }
-  if (d.cached_len) m.new_tables = NewTables::kNextPlan;
-  else if (m.new_tables == NewTables::kNone) m.new_tables = NewTables::kPlanAfterNext;
+  if (told > m.new_tables) m.new_tables = told;
 }
-// All lanes read what the descriptor speaks of in one round trip: stop token ids, the first step's tokens, and page ids.
-DEV void admit(MailboxWarp& m, const Descriptor& d) {
+// All lanes read what the last descriptor speaks of, in one round trip: stop token ids, the first steps' tokens, and page ids.
+DEV void read_arena(MailboxWarp& m, NewTables told) {
   constexpr int kStops = (kMaxStopIds + LANES - 1) / LANES;
+  const Descriptor& d = *(const Descriptor*)m.state->line;
   SlotState& slot = m.state->slots[d.slot];
-  if (m.lane == 0) fill_slot(slot, d, m.tickets++);
   // The host fenced between the rest and the line, and lanes saw the line by relaxed loads: an acquire is what is missing, and unlike
   // fence_sys it waits for none of the stores under way, such as the ACK. warp_sync makes it every lane's.
   fence_acquire_sys();  // the descriptor was seen: now what the host wrote before it is, too
@@ -135,13 +137,22 @@ DEV void admit(MailboxWarp& m, const Descriptor& d) {
   u32 stop[kStops];
   UNROLL for (int j = 0; j < kStops; j++)
     stop[j] = m.lane + j * LANES < num_stop ? load_relaxed_sys(prompt + d.prompt_len + d.num_pages + m.lane + j * LANES) : 0;
-  m.fresh_slot = d.slot;
-  m.fresh_position = d.cached_len;
   m.fresh_token = load_relaxed_sys(prompt + smaller(d.cached_len + m.lane, d.prompt_len - 1));
-  write_page_table(m, d);
+  write_page_table(m, d, told);
   UNROLL for (int j = 0; j < kStops; j++)
     if (m.lane + j * LANES < num_stop) slot.stop[m.lane + j * LANES] = stop[j];
+  m.unread = false;
   warp_sync();
+}
+// All lanes. The line itself has what a first step of one row needs: its plan leaves before the arena is read (publish_plan).
+DEV void admit(MailboxWarp& m, const Descriptor& d) {
+  if (m.lane == 0) fill_slot(m.state->slots[d.slot], d, m.tickets++);
+  m.fresh_slot = d.slot;
+  m.fresh_position = d.cached_len;
+  m.fresh_token = d.first_token;
+  m.fresh_page = d.first_page;
+  m.unread = true;
+  if (d.cached_len) read_arena(m, NewTables::kNextPlan);
 }
 // Does what the line in `state` asks for; all lanes.
 DEV void take_descriptor(MailboxWarp& m) {
@@ -220,6 +231,7 @@ DEV u32 choose_rows(MailboxWarp& m) {
 // All lanes fetch their rows' tokens and pages, and store them to every rank. Tokens of the last request admitted are here since then.
 DEV void publish_plan(MailboxWarp& m, u32 rows, Command command) {
   const u32 step = m.published, epoch = plan_epoch(step);
+  if (m.unread && m.state->slots[m.fresh_slot].next_position > 1) read_arena(m, NewTables::kPlanAfterNext);  // the step has more rows of it
   const bool new_pages = m.new_tables == NewTables::kNextPlan;
   if (new_pages) {
     warp_sync();
@@ -238,7 +250,8 @@ DEV void publish_plan(MailboxWarp& m, u32 rows, Command command) {
       const SlotState& slot = m.state->slots[row.slot];
       position = row.position;
       where = row.slot | (row.samples ? kRowSamples : 0) | (row.draws ? kRowDraws : 0);
-      page = load_global(tables + row.slot * shape().pages_per_slot + position / shape().page_size);
+      page = row.slot == m.fresh_slot && !position ? m.fresh_page
+                                                   : load_global(tables + row.slot * shape().pages_per_slot + position / shape().page_size);
       token = row.from_row == kKnownToken    ? slot.last_token
               : row.from_row != kArenaToken ? kTokenFromRow | row.from_row
               : fresh                       ? fresh_token
@@ -256,6 +269,7 @@ DEV void publish_plan(MailboxWarp& m, u32 rows, Command command) {
     ROLLED for (u32 rank = 0; rank < shape().world_size; rank++)
       store_words((u64*)m.params->peers[rank] + plan_offset(step), rows | (u32)command << 16 | (new_pages ? kPlanNewPages : 0), kinds, epoch);
   }
+  if (m.unread) read_arena(m, NewTables::kNextPlan);  // this one has left
   constexpr u32 kPairs = kSamplingWords / 2;  // the rest is read after the LM head: the step need not wait for it to begin
   ROLLED for (u32 i = m.lane; i < rows * kPairs && m.state->num_drawing; i += LANES) {
     const PlannedRow& row = m.state->planned[step & 1][i / kPairs];
@@ -367,6 +381,7 @@ DEV void run_mailbox(Block& b) {
     warp_sync();  // lane 0's choice of rows, before every lane publishes
     if (end == kAbort) break;
     if (rows) publish_plan(m, rows, Command::kNone);
+    else if (m.unread) read_arena(m, NewTables::kPlanAfterNext);  // the next line takes this one's place
     if (end == kLeave) {
       publish_plan(m, 0, Command::kShutdown);
       break;

@@ -44,9 +44,7 @@ DESCRIPTOR_SLOTS = 64  # entries of the descriptor ring
 RECORD_SLOTS = 4096  # entries of the record ring
 TOKEN_FROM_ROW = 0x80000000  # plan: the token is what row (value & 0xff) of the previous step sampled
 ROW_SAMPLES = 0x80000000  # plan: this row's logits are sampled (set in the slot word)
-ROW_DRAWS = (
-    0x40000000  # plan: this row is not plainly greedy, its struct Sampling travels beside the plan (set in the slot word)
-)
+ROW_DRAWS = 0x40000000  # plan: this row is not plainly greedy, its struct Sampling travels beside the plan (in the slot word)
 ROW_SLOT = 0xFF  # plan: the slot in the slot word
 TRACE_CUT = 0x80000000  # attention's READY: a row's context is cut into runs, which all blocks merge
 PLAN_ALIGNS = 0x80000000  # plan: clocks are aligned before this step (set in the header's second word; trace.cuh)
@@ -272,7 +270,8 @@ Descriptor = _struct(  # one 64-byte line, host -> device
     ("cached_len", "u4"),  # positions whose keys and values are in the pages already: whole pages, less than the prompt
     ("draw", "u4"),  # Draw
     ("num_logprobs", "u4"),  # LOGPROB records before each token, the token's own among them; 0: none
-    ("_reserved", "u4", 2),
+    ("first_token", "u4"),  # prompt[0] and pages[0]: a first step of one row needs no more, so it does not wait for the arena
+    ("first_page", "u4"),
     ("check", "u4"),  # descriptor_check of the other fifteen words
 )
 

@@ -44,7 +44,7 @@ def drive(llm, prompt_lens: list[int], num_tokens: int, in_the_middle: Callable[
         by_id[request] = sequence
         entry = _prepare(mailbox, shape, request, slot, sequence.prompt_len, num_tokens)
         sequence.posted_ns = time.perf_counter_ns()
-        mailbox.post(entry)
+        mailbox.descriptors.post(entry)
     left, half = len(sequences), num_tokens // 2
     wait = Patience(llm)
     while left:
@@ -69,14 +69,14 @@ def drive(llm, prompt_lens: list[int], num_tokens: int, in_the_middle: Callable[
 
 def noops(llm, count: int, pause: Callable[[], None] = lambda: None) -> list[int]:
     """Round trips of a descriptor that does nothing, in ns: stored here, taken by the kernel, its acknowledgement seen here."""
-    mailbox = llm.group.mailbox
+    mailbox, ring = llm.group.mailbox, llm.group.mailbox.descriptors
     times = []
     for _ in range(count):
         pause()
-        entry = mailbox.prepare(abi.Command.NOOP)
+        entry = ring.prepare(abi.Command.NOOP)
         wait = Patience(llm)
         began = time.perf_counter_ns()
-        mailbox.post(entry)
+        ring.post(entry)
         while not mailbox.await_record(LOOKS):
             wait()
         times.append(time.perf_counter_ns() - began)

@@ -77,6 +77,28 @@ class ArenaLayout:
         return _ARENA + 4 * self.num_slots * self.region
 
 
+class DescriptorRing:
+    """The lines that a kernel takes one after the other. Nobody may post between another's `prepare` and `post`."""
+
+    def __init__(self, view: memoryview):
+        self.posted = 0  # sequence number of the last descriptor
+        self._view = view
+        self._next_line = _LINES[0]
+
+    def prepare(self, command: int, *words: int) -> bytes:
+        """The next descriptor's line, for `post`, which then is one copy."""
+        entry = [(self.posted + 1) & _MASK, int(command), *words]
+        entry += [0] * (15 - len(entry))
+        return _WORDS.pack(*entry, abi.descriptor_check(entry))
+
+    def post(self, line: bytes) -> int:
+        """Returns the descriptor's sequence number."""
+        self._view[self._next_line] = line  # first of all: the rest is done while the kernel reads it
+        self.posted = (self.posted + 1) & _MASK
+        self._next_line = _LINES[self.posted % abi.DESCRIPTOR_SLOTS]
+        return self.posted
+
+
 class Mailbox:
     """Both rings over a block of shared memory. Any thread may post; one thread polls."""
 
@@ -84,10 +106,10 @@ class Mailbox:
         if len(view) < layout.nbytes:
             raise ValueError(f"a mailbox for {layout} needs {layout.nbytes} bytes: {len(view)} were given")
         self.layout = layout
+        self.descriptors = DescriptorRing(view)
+        self._rehearsed = DescriptorRing(memoryview(bytearray(_ARENA)))
         self._view = view
         self._u4 = view.cast("I")
-        self._posted = 0  # sequence number of the last descriptor
-        self._next_line = _LINES[0]
         self._acked = 0
         self._has_read(0)
         self._lock = threading.Lock()
@@ -97,7 +119,7 @@ class Mailbox:
     @property
     def unacknowledged(self) -> int:
         """Descriptors posted that the kernel has not taken yet."""
-        return (self._posted - self._acked) & _MASK
+        return (self.descriptors.posted - self._acked) & _MASK
 
     def submit(
         self,
@@ -116,9 +138,8 @@ class Mailbox:
         with self._lock:
             if self.unacknowledged >= abi.DESCRIPTOR_SLOTS:
                 return None
-            return self.post(
-                self.prepare_submit(request, slot, prompt, pages, stop, max_tokens, min_tokens, cached_len, sampling)
-            )
+            line = self.prepare_submit(request, slot, prompt, pages, stop, max_tokens, min_tokens, cached_len, sampling)
+            return self.descriptors.post(line)
 
     def prepare_submit(
         self,
@@ -132,7 +153,7 @@ class Mailbox:
         cached_len: int = 0,
         sampling: Sampling | None = None,
     ) -> bytes:
-        """Fills the slot's arena and makes the descriptor that `post` then stores; see `prepare`."""
+        """Fills the slot's arena and makes the descriptor's line; see DescriptorRing.prepare."""
         words = [*prompt, *pages, *stop, *(sampling.words if sampling else ())]
         if slot >= self.layout.num_slots or len(words) > self.layout.region:
             raise ValueError(f"slot {slot} with {len(words)} words does not fit the arena of {self.layout}")
@@ -141,7 +162,9 @@ class Mailbox:
         self._order()
         draw = (sampling.draw, sampling.num_logprobs) if sampling else (abi.Draw.NONE, 0)
         counts = len(prompt), len(pages), len(stop)
-        return self.prepare(abi.Command.SUBMIT, request, slot, arena, *counts, max_tokens, min_tokens, cached_len, *draw)
+        return self.descriptors.prepare(
+            abi.Command.SUBMIT, request, slot, arena, *counts, max_tokens, min_tokens, cached_len, *draw, prompt[0], pages[0]
+        )
 
     def cancel(self, request: int, slot: int) -> int | None:
         """Asks for the end of a request. Returns the sequence number, or None when the ring is full."""
@@ -158,22 +181,12 @@ class Mailbox:
         with self._lock:
             if self.unacknowledged >= abi.DESCRIPTOR_SLOTS:
                 return None
-            return self._post(command, request, slot)
+            return self.descriptors.post(self.descriptors.prepare(command, request, slot))
 
-    def _post(self, command: int, *words: int) -> int:
-        return self.post(self.prepare(command, *words))
-
-    def prepare(self, command: int, *words: int) -> bytes:
-        """The next descriptor's line, for `post`, which then is one copy. Nobody may post in between."""
-        entry = [(self._posted + 1) & _MASK, int(command), *words]
-        entry += [0] * (15 - len(entry))
-        return _WORDS.pack(*entry, abi.descriptor_check(entry))
-
-    def post(self, line: bytes) -> int:
-        self._view[self._next_line] = line  # first of all: the rest is done while the kernel reads it
-        self._posted = (self._posted + 1) & _MASK
-        self._next_line = _LINES[self._posted % abi.DESCRIPTOR_SLOTS]
-        return self._posted
+    def rehearse(self) -> None:
+        """Posts where nobody reads. Who only looks for some milliseconds finds what it takes to post in no cache any more: a store of half
+        a microsecond then takes ten. So who looks without a pause does this now and then."""
+        self._rehearsed.post(self._rehearsed.prepare(abi.Command.NOOP))
 
     # ---------------------------------------------------------------------------------------- records
     def await_record(self, looks: int) -> bool:

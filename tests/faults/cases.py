@@ -202,7 +202,7 @@ def corrupted_descriptor(folder: str, settings: dict) -> None:
     with Nothing(), LLM(folder, **settings) as llm:
         wanted, box = [ids(output) for output in llm.generate(PROMPTS, greedy())], llm.group.mailbox
         assert llm.engine.drain(5)
-        sequence = box._posted + 1
+        sequence = box.descriptors.posted + 1
         first = abi.Mailbox.fields["descriptors"][1] // 4 + (sequence - 1) % abi.DESCRIPTOR_SLOTS * 16
         line = [sequence, abi.Command.SUBMIT, 77, 0, 0, 1, 1, 0, 4, 0, *[0] * 5]
         line.append(abi.descriptor_check(line))

@@ -292,7 +292,7 @@ def descriptor(request: dict) -> None:
         _, ids = inputs.to_ids(prompt, model)
         one = inputs.submission(ids, params, (2,), 32, model.config.vocab_size)
         engine.check(one)
-        mailbox._acked = mailbox._posted  # a kernel that takes everything
+        mailbox._acked = mailbox.descriptors.posted  # a kernel that takes everything
         sequence = mailbox.submit(request=7, slot=1, prompt=one.prompt_token_ids, pages=[0, 1], stop=one.stop_token_ids,
                                   max_tokens=one.max_tokens, min_tokens=one.min_tokens)  # fmt: skip
         assert sequence and len(ids) + one.max_tokens <= 32 and one.min_tokens <= one.max_tokens

@@ -183,6 +183,9 @@ class WholeRun(KernelRun):
     def words(self, rank: int, field: str, count: int) -> np.ndarray:
         return self.read(rank, "symmetric", 8 * int(self.shape[field]), 8 * count).view(np.uint64)
 
+    def sets(self, rank: int, field: str) -> np.ndarray:
+        return harness.bare_sets(self.shape, field, lambda *part: self.read(rank, "symmetric", *part))
+
     def memory(self) -> list[np.ndarray]:
         """Every phase's output in the last step, and all keys and values, of every rank."""
         sizes = {"tap": 4 * tap_floats(self.shape), "kv": planner.kv_bytes(self.shape)}
@@ -277,7 +280,7 @@ def check_ranks_agree(run: WholeRun) -> None:
         shared |= {"off_o_part": sources, "off_down_part": sources * run.size("down_slices")}
     for rank in range(1, run.world):
         for name in "off_o_sum", "off_down_sum":
-            np.testing.assert_array_equal(run.kernel.bare(rank, name), run.kernel.bare(0, name), f"{name} of rank {rank}")
+            np.testing.assert_array_equal(run.sets(rank, name), run.sets(0, name), f"{name} of rank {rank}")
     taps = 4 * tap_offset(run.shape, Phase.EMBED), 4 * rows * wide
     for rank in range(1, run.world):
         for name, count in shared.items():

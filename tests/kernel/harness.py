@@ -61,6 +61,15 @@ def bare_width(shape: np.void, field: str) -> int:
     return {"off_attn": heads * dim, "off_gate": wide}.get(field, hidden)
 
 
+def bare_sets(shape: np.void, field: str, read) -> np.ndarray:
+    """uint32 [num_layers + 1, max_rows, width / 2]: all sets of bare words (cuda_src/bare.cuh) of a kind; `read` takes offset and number of
+    bytes of a rank's symmetric memory."""
+    sets, rows, per_row = int(shape["num_layers"]) + 1, int(shape["max_rows"]), 2 * int(shape["row_words"])
+    found = read(8 * int(shape["off_attn"]), 4 * sets * rows * per_row).view(np.uint32).reshape(sets, rows, per_row)
+    at = 2 * int(shape[field] - shape["off_attn"])
+    return found[:, :, at : at + bare_width(shape, field) // 2]
+
+
 class KernelRun:
     """All ranks of `shape` on `device`, weights loaded from `source`."""
 
@@ -131,6 +140,7 @@ class KernelRun:
                 mailbox, i + 1, abi.Command.SUBMIT, request=i, slot=i, arena=at, prompt_len=len(prompt), num_pages=num_pages,
                 num_stop=len(stop), max_tokens=request["max_tokens"], min_tokens=request.get("min_tokens", 0),
                 draw=sampling.draw if sampling else 0, num_logprobs=sampling.num_logprobs if sampling else 0,
+                first_token=prompt[0], first_page=pages[0],
             )  # fmt: skip
             at += len(body)
         for i, (command, fields) in enumerate([*commands, (abi.Command.SHUTDOWN, {})], len(requests) + 1):
@@ -164,14 +174,8 @@ class KernelRun:
         return (raw & np.uint64(0xFFFFFFFF)).astype(np.uint32)
 
     def bare(self, rank: int, field: str, layer: int | None = None) -> np.ndarray:
-        """uint32 [max_rows, width / 2]: bare words (cuda_src/bare.cuh) of a layer of step 0; 0: nothing is there.
-        Without a layer of all sets, [num_layers + 1, max_rows, width / 2]."""
-        rows, per_row, sets = (int(self.shape[name]) for name in ("max_rows", "row_words", "num_layers"))
-        memory = self.device.download(
-            self.ranks[rank].symmetric, int(self.shape["off_attn"]) * 8, (sets + 1) * rows * per_row * 8
-        )
-        at = 2 * int(self.shape[field] - self.shape["off_attn"])
-        found = memory.view(np.uint32).reshape(sets + 1, rows, 2 * per_row)[:, :, at : at + bare_width(self.shape, field) // 2]
+        """uint32 [max_rows, width / 2] of a layer of step 0; 0: nothing is there. Without a layer all of `bare_sets`."""
+        found = bare_sets(self.shape, field, lambda *part: self.device.download(self.ranks[rank].symmetric, *part))
         return found if layer is None else found[layer]
 
     def put_bare(self, rank: int, field: str, pairs: np.ndarray, layer: int) -> None:

@@ -99,6 +99,7 @@ class FakeKernel:
             region=range(at, at + n + p + s),
             cached_len=int(d["cached_len"]),
         )
+        assert (d["first_token"], d["first_page"]) == (r.prompt[0], r.pages[0]), "a line that differs from the arena"
         assert r.slot < self.num_slots and r.slot not in self.running, f"slot {r.slot} is taken"
         assert len(r.pages) * self.page_size >= n + r.max_tokens, "too few pages"
         assert len(set(r.pages)) == p and all(page < self.num_pages for page in r.pages)

@@ -24,6 +24,7 @@ def test_a_descriptor_is_what_the_kernel_reads(make_box):
     assert (d["sequence"], d["command"], d["request"], d["slot"]) == (1, abi.Command.SUBMIT, 5, 1)
     assert (d["prompt_len"], d["num_pages"], d["num_stop"]) == (3, 2, 1)
     assert (d["max_tokens"], d["min_tokens"]) == (6, 2)
+    assert (d["first_token"], d["first_page"]) == (7, 4)
     at = int(d["arena"])
     assert box.kernel.arena[at : at + 6].tolist() == [7, 8, 9, 4, 2, 11]
 
@@ -99,7 +100,7 @@ def test_sequence_numbers_wrap_at_32_bits(make_box):
     box = make_box()
     start = 2**32 - 3
     box.kernel.records.view(np.uint64)[:] = 77 << 32  # no ring is empty after so many records
-    box.mailbox._posted = box.mailbox._acked = start
+    box.mailbox.descriptors.posted = box.mailbox._acked = start
     box.mailbox._has_read(start)
     for step in range(1, 7):
         sequence = box.mailbox.noop()

@@ -99,7 +99,7 @@ class Kernel(KernelRun):
             arena[at : at + len(body)] = body
             put(Command.SUBMIT, request=i, slot=i, arena=at, prompt_len=len(r.prompt), num_pages=len(pages), num_stop=len(r.stop),
                 max_tokens=r.max_tokens, min_tokens=r.min_tokens, draw=r.sampling.draw if r.sampling else 0,
-                num_logprobs=r.sampling.num_logprobs if r.sampling else 0)  # fmt: skip
+                num_logprobs=r.sampling.num_logprobs if r.sampling else 0, first_token=r.prompt[0], first_page=int(pages[0]))  # fmt: skip
             at += len(body)
         for i, r in enumerate(requests):
             if r.cancel_after is not None:

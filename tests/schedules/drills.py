@@ -57,7 +57,8 @@ class Host:
         body = [*r.prompt, *r.pages, *r.stop]
         self.arena[self.at : self.at + len(body)] = body
         self.put(Command.SUBMIT, request=number, slot=r.slot, arena=self.at, prompt_len=len(r.prompt), num_pages=len(r.pages),
-                 num_stop=len(r.stop), max_tokens=r.max_tokens, cached_len=r.cached_len)  # fmt: skip
+                 num_stop=len(r.stop), max_tokens=r.max_tokens, cached_len=r.cached_len,
+                 first_token=r.prompt[0], first_page=r.pages[0])  # fmt: skip
         self.at += len(body)
 
     def serve(self, launch, timeout_s: float = 10) -> list[list[int]]:

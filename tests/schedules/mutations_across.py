@@ -79,6 +79,12 @@ MAILBOX = (
     gone("admit_without_fence", "the prompt is read before the descriptor that speaks of it", "mailbox.cuh", ADMIT, **DRILL),
     one("admit_with_gpu_fence", "wrong scope: what the host wrote is not ordered by a fence of the GPU", "mailbox.cuh",
         ADMIT, ADMIT.replace("_acquire_sys", "_gpu"), **DRILL),
+    gone("arena_left_unread", "the next descriptor takes a line's place before the arena that it speaks of is read", "mailbox.cuh",
+         "    else if (m.unread) read_arena(m, NewTables::kPlanAfterNext);  // the next line takes this one's place\n"),
+    one("rows_before_their_arena", "a first step's further rows are planned before the arena is read", "mailbox.cuh",
+        "m.unread && m.state->slots[m.fresh_slot].next_position > 1", "false"),
+    one("first_page_from_the_table", "a first page is looked up before the table is written", "mailbox.cuh",
+        "row.slot == m.fresh_slot && !position ? m.fresh_page", "row.slot == m.fresh_slot && false ? m.fresh_page"),
     one("descriptor_not_checked", "half a line is taken for a descriptor", "rings.cuh",
         " || !check_fits(words, rings.lane)", "", **DRILL),
 )  # fmt: skip
