@@ -15,6 +15,7 @@ constexpr int kTileK = 1024;
 constexpr int kUnitRows = 8;
 constexpr int kChunk = 32;
 constexpr int kMaxHeadDim = 128;
+constexpr int kMergeExtra = 4;
 constexpr int kConsumerWarps = 8;
 constexpr int kAdderWarps = 2;
 constexpr int kTraceWriters = 3;

@@ -48,7 +48,8 @@ DEV void gather_bare(Block& b, u32 offset, int layer, int first, int count) {
   constexpr int kBatch = 8;
   const u32* words = own_bare_words(b, offset, layer, 0) + first / 2;
   const int octs = count / 8, per_row = divide_up(octs, kConsumerThreads), total = num_rows(b) * per_row;
-  auto oct_of = [&](int i) { return b.thread + i % per_row * kConsumerThreads; };
+  const int thread = not_before(b.thread);
+  auto oct_of = [&](int i) { return thread + i % per_row * kConsumerThreads; };
   ROLLED for (int base = 0; base < total; base += kBatch) {
     const int left = total - base;
     u32 pairs[kBatch][4];
@@ -76,7 +77,7 @@ DEV void clear_set(const Block& b) {
   if (shape().only_phase) return;  // then nothing says that others have read theirs
   const int rows = shape().max_rows == 1 ? 1 : b.waiter.layer ? b.shared->num_rows : b.shared->last_rows, chunks = rows * shape().row_words / 2;
   u32* set = own_bare_words(b, shape().off_attn, (int)b.waiter.layer - 1, 0);
-  ROLLED for (int at = b.index * kConsumerThreads + b.thread; at < chunks; at += shape().num_blocks * kConsumerThreads)
+  ROLLED for (int at = not_before(b.index * kConsumerThreads + b.thread); at < chunks; at += shape().num_blocks * kConsumerThreads)
     clear_bare_words(set + 4 * at);
 }
 

@@ -1,8 +1,6 @@
 // KV pages: where they are, the order inside, and the one fence on the token path, which is the sets' too (bare.cuh).
 //
-// A page belongs to one KV head of one layer: page_size positions in chunks of 32, each chunk K then V. In K, a unit of eight
-// positions is a tensor-core tile like a weight tile; which eight follows from flash_chunk: lane (n, quarter) must end up with
-// the scores of positions 8 * quarter .. + 7. V is transposed, [head_dim, 32 positions].
+// A page belongs to one KV head of one layer: page_size positions in chunks of 32 (chunk.cuh).
 //
 // The KV rule. A step's k and v travel to its own attention as words; pages are written by plain stores (append_kv) and read in
 // later steps by bulk copies, the async proxy, of other SMs. Words order nothing but themselves, so:
@@ -21,12 +19,6 @@ DEV int page_bytes() { return shape().page_size * (int)shape().head_dim * 4; }
 DEV char* page_at(const Block& b, u32 layer, u32 page, u32 kv_head) {
   return (char*)b.params->kv + (((u64)layer * shape().num_pages + page) * shape().num_kv_heads + kv_head) * page_bytes();
 }
-// Byte offsets in a chunk of dimension d of position p (0 .. 31).
-DEV int key_offset(int p, int d) {
-  const int unit = p % 8 / 2, n = p / 8 * 2 + p % 2, dim = shape().head_dim;
-  return (((unit * (dim / 32) + d / 32) * 8 + n) * 32 + d % 32) * 2;
-}
-DEV int value_offset(int p, int d) { return (kChunk * (int)shape().head_dim + d * kChunk + p) * 2; }
 
 // How a context is cut into runs that blocks attend to on their own: by the row's position alone, so that its bits do not depend on what
 // else is in the step.

@@ -23,6 +23,7 @@ TILE_K = 1024  # columns of K in a full weight tile: 8 rows x 1024 x 2 bytes = S
 UNIT_ROWS = 8  # output rows computed together: the tensor core's n = 8 operand
 CHUNK = 32  # positions of the context that one warp attends to at a time
 MAX_HEAD_DIM = 128
+MERGE_EXTRA = 4  # floats behind a query's values where warps merge: maximum, sum, and two that keep queries apart in the banks
 CONSUMER_WARPS = 8  # warps 0-7 multiply
 ADDER_WARPS = 2  # warps 8 and 9 add the consumers' partial sums and send the results off
 TRACE_WRITERS = 1 + ADDER_WARPS  # rings of a block: its consumers', its adders'
@@ -391,8 +392,8 @@ STRUCTS = {
 }
 ENUMS = (Phase, Wait, Command, Record, Finish, Draw, Strategy, Mark, Probe)
 CONSTANTS = (
-    "MAX_RANKS MAX_ROWS FEW_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM CONSUMER_WARPS "
-    "ADDER_WARPS TRACE_WRITERS ALIGN_ROUNDS ALIGN_EVERY ALIGN_SLOTS NUM_WARPS PART_SLOTS MAX_STOP_IDS "
+    "MAX_RANKS MAX_ROWS FEW_ROWS MAX_SLOTS MAX_SPLITS MAX_STAGES STAGE_BYTES TILE_K UNIT_ROWS CHUNK MAX_HEAD_DIM MERGE_EXTRA "
+    "CONSUMER_WARPS ADDER_WARPS TRACE_WRITERS ALIGN_ROUNDS ALIGN_EVERY ALIGN_SLOTS NUM_WARPS PART_SLOTS MAX_STOP_IDS "
     "PLAN_HEADER_WORDS PLAN_ROW_WORDS SAMPLING_WORDS MAX_LOGPROBS SEARCH_PIVOTS SEARCH_ROUNDS DRAW_ROW_BYTES "
     "SHARED_HEADER_BYTES DESCRIPTOR_SLOTS RECORD_SLOTS TOKEN_FROM_ROW ROW_SAMPLES ROW_DRAWS ROW_SLOT TRACE_CUT PLAN_ALIGNS PLAN_NEW_PAGES "
     "DESCRIPTOR_MAGIC DESCRIPTOR_FACTOR"

@@ -20,7 +20,7 @@ LONG_UNIT_TILES = 7  # a unit of down_proj that is longer should be cut (docs/pe
 SHORT_LAYER_US = 16.0  # of reading a layer's weights: below it two tiles in flight are better (docs/performance.md)
 LATENCY_US = 1.1  # of a bulk copy from memory that others are using too
 USUAL_WINDOW = 3  # tiles in flight where the memory is not known
-QUERIES = 16  # of an item of attention: what the tensor core's operand holds (kMaxHeads in cuda_src/phases/attention.cuh)
+QUERIES = 16  # of an item of attention: twice the tensor core's n = 8 (kMaxHeads in cuda_src/phases/attention.cuh)
 PARTIAL_GROUP = 128  # partial sums that lie together, halves of quads apart (part_index in cuda_src/exchange.cuh)
 MAX_OWN_TOKENS = 1 << 17  # tokens of a block are counted in 17 bits (kCountBits in cuda_src/search.cuh)
 EXCHANGES_A_STEP = 127  # that `bench exchange` counts as layers of a step
@@ -243,11 +243,11 @@ def _place_shared_memory(
         """Offsets, if attention takes so many rows of a sequence together. Returns the stages that are left for the ring."""
         s["attention_rows"], s["scratch_warps"] = together, 0
         queries = together * group
-        if _attention_bytes(head_dim, queries, rows) > needed:
-            s["scratch_warps"] = min(abi.CONSUMER_WARPS, abi.STAGE_BYTES // (queries * (head_dim + 2) * 4))
+        if _attention_bytes(head_dim, queries) > needed:
+            s["scratch_warps"] = min(abi.CONSUMER_WARPS, abi.STAGE_BYTES // (queries * (head_dim + abi.MERGE_EXTRA) * 4))
         offset = header
         for field, size in (
-            ("smem_x", max(needed, _attention_bytes(head_dim, queries, rows, int(s["scratch_warps"])))),
+            ("smem_x", max(needed, _attention_bytes(head_dim, queries, int(s["scratch_warps"])))),
             ("smem_part", abi.PART_SLOTS * abi.CONSUMER_WARPS * rows * abi.UNIT_ROWS * 4),
             ("smem_residual", max(replicated * hidden, rows * owned) * 4),
             ("smem_rope", rows * head_dim * 4),
@@ -266,9 +266,9 @@ def _place_shared_memory(
             break
 
 
-def _attention_bytes(head_dim: int, queries: int, rows: int, scratch_warps: int = 0) -> int:
-    """Of what attention keeps in place of the activations: q, the step's k and v, the results of warps that have no place elsewhere."""
-    return head_dim * (2 * queries + 4 * rows) + (abi.CONSUMER_WARPS - scratch_warps) * queries * (head_dim + 2) * 4
+def _attention_bytes(head_dim: int, queries: int, scratch_warps: int = 0) -> int:
+    """Of what attention keeps in place of the activations: q, and the results of warps that have no place elsewhere."""
+    return 2 * head_dim * queries + (abi.CONSUMER_WARPS - scratch_warps) * queries * (head_dim + abi.MERGE_EXTRA) * 4
 
 
 def header_bytes(rows: int, slots: int, stages: int) -> int:

@@ -22,12 +22,18 @@ constexpr int kThreads = kNumWarps * LANES;
 // ---------------------------------------------------------------------------------------------- who am I
 // The sizes this kernel was built for: compile-time constants here, fields of a struct in the simulator.
 DEV constexpr Shape shape() { return Shape IMEX_SHAPE; }
+DEV int merge_width() { return (int)shape().head_dim + kMergeExtra; }  // floats of a query where warps merge
 constexpr int kHeldRows = shape().max_rows, kHeldSlots = shape().num_slots,
               kHeldStages = shape().ring_stages;  // of arrays in shared memory
 constexpr int kHeaderBytes = shape().smem_x;
 DEV int grid_block() { return blockIdx.x; }  // counts the blocks of every rank of this launch
 DEV int warp_index() { return threadIdx.x / LANES; }
 DEV int lane_index() { return threadIdx.x % LANES; }
+// x, of which the compiler knows nothing: what depends on it is not computed before this place, and does not fill registers until it is used.
+DEV int not_before(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 DEV char* shared_memory() {
   extern __shared__ __align__(1024) char dynamic_shared[];
   return dynamic_shared;
@@ -306,6 +312,12 @@ DEV void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
 }
 
 // ---------------------------------------------------------------------------------------------- tensor cores
+// Of a matrix of 8 x 8 values of 16 bits lane 4 * row + i holds columns 2 * i and 2 * i + 1 of a row: here and there.
+DEV u32 transpose_matrix(u32 pair) {
+  u32 to;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(to) : "r"(pair));
+  return to;
+}
 DEV void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -315,4 +327,5 @@ DEV void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
 
 }  // namespace imex
 
+#include "../chunk.cuh"
 #include "tensor.cuh"

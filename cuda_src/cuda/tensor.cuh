@@ -122,81 +122,94 @@ DEV void accum_store(const Accum& acc, float* part, int rows) {
   }
 }
 
-// One warp's running softmax over the chunks it has seen, for up to 16 queries of one KV head: maximum, sum, weighted values. Where an item
-// has at most 8 queries, the other half of the operand is zero and nobody looks at what becomes of it.
-constexpr int kHalves = shape().attention_rows * shape().num_heads > 8 * shape().num_kv_heads ? 2 : 1;
+// One warp's running softmax over the chunks it has seen, for up to 16 queries of one KV head: maximum, sum, weighted values. A chunk's keys and
+// values are the m = 16 operand, in pieces (chunk.cuh); eight queries, or their weights of the positions, are the n = 8 operand. A lane's two
+// columns are queries 2 * quarter and the next, and the eight after them where an item has more.
+constexpr int kMaxEights = shape().attention_rows * shape().num_heads > 8 * shape().num_kv_heads ? 2 : 1;
 struct Flash {
-  float max[2], sum[2];      // queries lane / 4 and lane / 4 + 8; `sum` holds this lane's positions only
-  float out[kMaxHeadDim / 8][4];
+  float max[kMaxEights][2], sum[kMaxEights][2];  // `sum` holds this lane's positions only
+  float out[kMaxEights][kMaxHeadDim / 16][4];
 };
 DEV void flash_zero(Flash& f) {
-  f.max[0] = f.max[1] = kMinusInfinity;
-  f.sum[0] = f.sum[1] = 0.f;
-  UNROLL for (int i = 0; i < kMaxHeadDim / 8; i++) UNROLL for (int j = 0; j < 4; j++) f.out[i][j] = 0.f;
+  UNROLL for (int e = 0; e < kMaxEights; e++) {
+    UNROLL for (int j = 0; j < 2; j++) f.max[e][j] = kMinusInfinity, f.sum[e][j] = 0.f;
+    UNROLL for (int i = 0; i < kMaxHeadDim / 16; i++) UNROLL for (int j = 0; j < 4; j++) f.out[e][i][j] = 0.f;
+  }
 }
-// Attends to a chunk's 32 positions: query i, of row i / heads, to the first `valid` + i / heads. q: bf16 [head_dim / 32, queries, 32] in
-// shared memory; chunk: K then V in the order of packing.py: lane (n, quarter) finds 8 consecutive dims of a K row, or 8 consecutive
-// positions of a V dim, in one 16-byte load, and the scores of its four K units are exactly the operand it needs for V: no shared memory in
-// between.
-DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, int heads, int valid, float scale) {
+template <bool kFirst, int kEights>
+DEV void flash_eights(Flash& f, const char* q, const char* chunk, int queries, int heads, int valid, float scale) {
   constexpr int kDim = shape().head_dim;
-  const int lane = lane_index(), quarter = lane % 4, mine[2] = {min(lane / 4, queries - 1), min(lane / 4 + 8, queries - 1)};
-  float s[4][4];
-  UNROLL for (int u = 0; u < 4; u++) UNROLL for (int j = 0; j < 4; j++) s[u][j] = 0.f;
+  const int lane = not_before(lane_index()), row = lane / 4, quarter = lane % 4;
+  const uint4* pieces = (const uint4*)chunk + lane;
+  float s[kEights][2][4];  // of unit 2 * g: position 8 * (row / 2) + row % 2 + 4 * g, two queries; then of the unit after it
+  UNROLL for (int e = 0; e < kEights; e++) UNROLL for (int g = 0; g < 2; g++) UNROLL for (int j = 0; j < 4; j++) s[e][g][j] = 0.f;
   UNROLL for (int c = 0; c < kDim / 32; c++) {
-    const uint4 low = ((const uint4*)q)[(c * queries + mine[0]) * 4 + quarter];  // one beyond the last is computed and not stored
-    const uint4 high = kHalves > 1 ? ((const uint4*)q)[(c * queries + mine[1]) * 4 + quarter] : make_uint4(0, 0, 0, 0);
-    UNROLL for (int u = 0; u < 4; u++) {
-      const uint4 b = ((const uint4*)chunk)[(u * (kDim / 32) + c) * 32 + lane];
-      mma_bf16(s[u], low.x, high.x, low.y, high.y, b.x, b.y);
-      mma_bf16(s[u], low.z, high.z, low.w, high.w, b.z, b.w);
+    uint4 x[kEights];  // a query beyond the last is computed and not stored
+    UNROLL for (int e = 0; e < kEights; e++) x[e] = ((const uint4*)q)[(c * queries + min(8 * e + row, queries - 1)) * 4 + quarter];
+    UNROLL for (int g = 0; g < 2; g++) {
+      const uint4 k0 = pieces[(g * (kDim / 32) + c) * 64], k1 = pieces[(g * (kDim / 32) + c) * 64 + 32];
+      UNROLL for (int e = 0; e < kEights; e++) {
+        mma_bf16(s[e][g], k0.x, k0.y, k0.z, k0.w, x[e].x, x[e].y);
+        mma_bf16(s[e][g], k1.x, k1.y, k1.z, k1.w, x[e].z, x[e].w);
+      }
     }
   }
-  u32 p[2][4] = {};
-  UNROLL for (int h = 0; h < kHalves; h++) {
-    float m = f.max[h];
-    const int seen = shape().attention_rows > 1 ? valid + mine[h] / heads : valid;
-    UNROLL for (int u = 0; u < 4; u++) UNROLL for (int j = 0; j < 2; j++) {
-      float& v = s[u][2 * h + j];  // position 8 * quarter + 2 * u + j
-      v = 8 * quarter + 2 * u + j < seen ? v * scale : kMinusInfinity;
-      m = fmaxf(m, v);
+  u32 p[kEights][4];  // weights of a unit's positions 8 * quarter + 2 * unit and the next, of query `row`
+  UNROLL for (int e = 0; e < kEights; e++) {
+    float keep[2];
+    UNROLL for (int j = 0; j < 2; j++) {
+      const int query = min(8 * e + 2 * quarter + j, queries - 1), seen = shape().attention_rows > 1 ? valid + query / heads : valid;
+      float m = kFirst ? kMinusInfinity : f.max[e][j], sum = 0.f;
+      UNROLL for (int u = 0; u < 4; u++) {
+        float& v = s[e][u / 2][u % 2 * 2 + j];
+        v = row / 2 * 8 + row % 2 + 2 * u < seen ? v * scale : kMinusInfinity;
+        m = fmaxf(m, v);
+      }
+      UNROLL for (int lanes = 4; lanes < LANES; lanes *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, lanes));
+      UNROLL for (int u = 0; u < 4; u++) {
+        float& v = s[e][u / 2][u % 2 * 2 + j];
+        v = __expf(v - m);
+        sum += v;
+      }
+      keep[j] = kFirst ? 0.f : __expf(f.max[e][j] - m);
+      f.max[e][j] = m;
+      f.sum[e][j] = kFirst ? sum : f.sum[e][j] * keep[j] + sum;
     }
-    m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-    m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-    const float keep = __expf(f.max[h] - m);
-    f.max[h] = m;
-    float sum = 0.f;
-    UNROLL for (int u = 0; u < 4; u++) {
-      const float e0 = __expf(s[u][2 * h] - m), e1 = __expf(s[u][2 * h + 1] - m);
-      sum += e0 + e1;
-      p[h][u] = pack_bf16(e0, e1);
-    }
-    f.sum[h] = f.sum[h] * keep + sum;
-    UNROLL for (int i = 0; i < kDim / 8; i++) {
-      f.out[i][2 * h] *= keep;
-      f.out[i][2 * h + 1] *= keep;
-    }
+    UNROLL for (int u = 0; u < 4; u++) p[e][u] = transpose_matrix(pack_bf16(s[e][u / 2][u % 2 * 2], s[e][u / 2][u % 2 * 2 + 1]));
+    UNROLL for (int i = 0; i < kDim / 16; i++) UNROLL for (int j = 0; j < 4; j++) f.out[e][i][j] = kFirst ? 0.f : f.out[e][i][j] * keep[j % 2];
   }
-  const uint4* v = (const uint4*)(chunk + 64 * kDim);
-  UNROLL for (int i = 0; i < kDim / 8; i++) {
-    const uint4 b = v[i * 32 + lane];
-    mma_bf16(f.out[i], p[0][0], p[1][0], p[0][1], p[1][1], b.x, b.y);
-    mma_bf16(f.out[i], p[0][2], p[1][2], p[0][3], p[1][3], b.z, b.w);
+  pieces += 4 * kDim;
+  UNROLL for (int i = 0; i < kDim / 16; i++) {
+    const uint4 v0 = pieces[i * 64], v1 = pieces[i * 64 + 32];
+    UNROLL for (int e = 0; e < kEights; e++) {
+      mma_bf16(f.out[e][i], v0.x, v0.y, v0.z, v0.w, p[e][0], p[e][1]);
+      mma_bf16(f.out[e][i], v1.x, v1.y, v1.z, v1.w, p[e][2], p[e][3]);
+    }
   }
 }
-// merge: float [queries, head_dim + 2] of this warp in shared memory: values, then maximum and sum.
+// Attends to a chunk's 32 positions, kFirst: the first that the warp has seen. Query i, of row i / heads, sees the first `valid` + i / heads. q: bf16
+// [head_dim / 32, queries, 32] in shared memory.
+template <bool kFirst>
+DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, int heads, int valid, float scale) {
+  if (kMaxEights == 1 || queries <= 8) flash_eights<kFirst, 1>(f, q, chunk, queries, heads, valid, scale);
+  else flash_eights<kFirst, kMaxEights>(f, q, chunk, queries, heads, valid, scale);
+}
+// merge: float [queries, merge_width()] of this warp in shared memory: values, then maximum and sum.
 DEV void flash_store(const Flash& f, float* merge, int queries) {
   constexpr int kDim = shape().head_dim;
-  const int lane = lane_index(), row = lane / 4, quarter = lane % 4;
-  UNROLL for (int h = 0; h < kHalves; h++) {
-    float sum = f.sum[h];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    const int query = row + 8 * h;
+  const int lane = not_before(lane_index()), row = lane / 4;
+  UNROLL for (int e = 0; e < kMaxEights; e++) UNROLL for (int j = 0; j < 2; j++) {
+    if (8 * e >= queries) break;
+    float sum = f.sum[e][j];
+    UNROLL for (int lanes = 4; lanes < LANES; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    const int query = 8 * e + 2 * (lane % 4) + j;
     if (query >= queries) continue;
-    float* to = merge + query * (kDim + 2);
-    UNROLL for (int i = 0; i < kDim / 8; i++) *(float2*)(to + 8 * i + 2 * quarter) = make_float2(f.out[i][2 * h], f.out[i][2 * h + 1]);
-    if (quarter == 0) *(float2*)(to + kDim) = make_float2(f.max[h], sum);
+    float* to = merge + query * merge_width();
+    UNROLL for (int i = 0; i < kDim / 16; i++) {
+      to[16 * i + row] = f.out[e][i][j];
+      to[16 * i + row + 8] = f.out[e][i][j + 2];
+    }
+    if (row == 0) *(float2*)(to + kDim) = make_float2(f.max[e][j], sum);
   }
 }
 

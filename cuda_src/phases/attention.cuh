@@ -13,7 +13,7 @@
 
 namespace imex {
 
-constexpr int kMaxHeads = 16;  // queries of one item: the tensor core's m = 16 operand
+constexpr int kMaxHeads = 16;  // queries of one item: twice the tensor core's n = 8
 
 struct Item {
   int row, rows;                   // neighbours
@@ -22,7 +22,7 @@ struct Item {
   int position;                    // of the last row
   int split, splits;
   int first_page, end_page;
-  int in_step;  // positions up to the last row's that come with this step; 0 if they are not in this run
+  int in_step;  // positions up to the last row's that come with this step, some of which are in this run; 0: none is
 };
 
 DEV int group_size() { return shape().num_heads / shape().num_kv_heads; }
@@ -31,7 +31,7 @@ DEV int head_blocks() { return divide_up(group_size(), kMaxHeads); }  // items o
 DEV bool find_item(const Block& b, int index, Item& item) {
   const int groups = shape().num_kv_heads * head_blocks();
   ROLLED for (int row = 0; row < num_rows(b); row += item.rows) {
-    item.rows = b.shared->rows[row].together;
+    item.rows = shape().attention_rows > 1 ? b.shared->rows[row].together : 1;
     const int splits = b.shared->rows[row].runs, items = groups * splits;
     if (index >= items) {
       index -= items;
@@ -70,26 +70,33 @@ DEV void stream_pages(Block& b, Producer& p) {
   }
 }
 
-// Where the block keeps an item, in place of the activations: bf16 q [head_dim / 32, queries, 32]; bf16 k and v [in_step, 2, head_dim]
-// of the positions this step brings; float [CONSUMER_WARPS, queries, head_dim + 2] of what the warps merge. Where that is more than the
-// activations take, the first scratch_warps of it are in a stage of the ring that is nobody else's meanwhile: only a few blocks have items,
-// and all would have a stage less.
+// Where the block keeps an item, in place of the activations: bf16 q [head_dim / 32, queries, 32]; float [CONSUMER_WARPS, queries,
+// merge_width()] of what the warps merge. Where that is more than the activations take, the first scratch_warps of it are in a stage of the ring
+// that is nobody else's meanwhile: only a few blocks have items, and all would have a stage less.
 DEV char* item_query(const Block& b) { return activations(b); }
-DEV char* item_fresh(const Block& b, const Item& item) { return item_query(b) + item.queries * (int)shape().head_dim * 2; }
 DEV float* item_merge(const Block& b, const Item& item, int warp, int scratch) {
-  const int each = item.queries * ((int)shape().head_dim + 2), away = shape().scratch_warps;
-  float* here = (float*)(item_fresh(b, item) + item.in_step * (int)shape().head_dim * 4);
+  const int each = item.queries * merge_width(), away = shape().scratch_warps;
+  float* here = (float*)(item_query(b) + item.queries * (int)shape().head_dim * 2);
   return warp < away ? (float*)ring_stage(b, scratch) + warp * each : here + (warp - away) * each;
 }
 
-// All consumers fetch the item's q and the step's k and v, in one round trip.
+// This step's k and v are not in the pages yet: four dims of a position's key (or value) go where they will be. The page is in the ring, or not
+// of this run.
+DEV void put_fresh(Block& b, const Item& item, int position, bool value, int d, u64 quad) {
+  const int behind = item.end_page - 1 - position / (int)shape().page_size, p = position % kChunk;  // the newest page comes first
+  if (behind < 0 || behind >= item.end_page - item.first_page) return;
+  char* chunk = ring_stage(b, ahead(b.ring, behind).stage) + position % (int)shape().page_size / kChunk * chunk_bytes();
+  if (!value) UNROLL for (int j = 0; j < 4; j += 2) *(u32*)(chunk + key_offset(p, d + j)) = (u32)(quad >> 16 * j);
+  else UNROLL for (int j = 0; j < 4; j++) *(u16*)(chunk + value_offset(p, d + j)) = (u16)(quad >> 16 * j);
+}
+// All consumers fetch the item's q and the step's k and v, in one round trip. The ring is at the item's first stage.
 DEV void gather_item(Block& b, const Item& item, u32 epoch) {
   const int quads = shape().head_dim / 4, of_row = item.heads * quads, query = item.rows * of_row;
-  const int total = query + item.in_step * 2 * quads;
+  const int total = query + item.in_step * 2 * quads, thread = not_before(b.thread);
   gather<2>(
       b, epoch, divide_up(total, kConsumerThreads),
       [&](int i) {
-        const int at = smaller(b.thread + i * kConsumerThreads, total - 1), fresh = at - query;
+        const int at = smaller(thread + i * kConsumerThreads, total - 1), fresh = at - query;
         const u64* q = own_words(b, shape().off_qkv + (item.row + at / of_row) * qkv_width() + item.first_head * (2 * quads));
         if (fresh < 0) return q + 2 * (at % of_row);
         const int row = b.shared->rows[item.row].first_row + fresh / (2 * quads);
@@ -97,33 +104,25 @@ DEV void gather_item(Block& b, const Item& item, u32 epoch) {
       },
       [&](int) { return b.params->rank; },
       [&](int i, u32 first, u32 second) {
-        const int at = b.thread + i * kConsumerThreads, of = at / quads, d = at % quads * 4;
-        if (at >= total) return;
-        char* to = at < query ? item_query(b) + ((d / 32 * item.queries + of) * 32 + d % 32) * 2 : item_fresh(b, item) + (at - query) * 8;
-        *(u64*)to = (u64)second << 32 | first;
+        const int at = thread + i * kConsumerThreads, of = at / quads, d = at % quads * 4;
+        if (at >= total || b.waiter.failed) return;  // who gave up may have no page to write to
+        const u64 quad = (u64)second << 32 | first;
+        if (at < query) *(u64*)(item_query(b) + ((d / 32 * item.queries + of) * 32 + d % 32) * 2) = quad;
+        else put_fresh(b, item, item.position + 1 - item.in_step + (at - query) / (2 * quads), (at - query) / quads % 2, d, quad);
       });
 }
 
-// One warp clears a chunk's values of positions beyond `valid`: a weight of zero does not erase what is not a number.
+// One warp clears a chunk's values of positions from `valid` on: a weight of zero does not erase what is not a number. It touches no others, which
+// put_fresh may be writing.
 DEV void clear_tail(Block& b, char* chunk, int valid) {
-  ROLLED for (int i = b.lane; i < (int)shape().head_dim * (kChunk / 4); i += LANES) {  // four positions of a dim at a time
-    const int keep = valid - i % (kChunk / 4) * 4;
-    if (keep < 4) *(u64*)(chunk + value_offset(0, 0) + 8 * i) &= keep <= 0 ? 0 : ((u64)1 << (16 * keep)) - 1;
-  }
-}
-// One warp completes a chunk in the ring: k and v of this step's positions are not in the page yet.
-DEV void complete_chunk(Block& b, const Item& item, char* chunk, int first_position, int valid) {
-  const int dim = shape().head_dim, step_first = item.position + 1 - item.in_step;
-  for (int p = step_first > first_position ? step_first - first_position : 0; p < valid; p++) {
-    const char* fresh = item_fresh(b, item) + (first_position + p - step_first) * dim * 4;
-    for (int d = 2 * b.lane; d < dim; d += 2 * LANES) {
-      const u32 value = *(const u32*)(fresh + dim * 2 + d * 2);
-      *(u32*)(chunk + key_offset(p, d)) = *(const u32*)(fresh + d * 2);
-      *(u16*)(chunk + value_offset(p, d)) = (u16)value;
-      *(u16*)(chunk + value_offset(p, d + 1)) = (u16)(value >> 16);
+  ROLLED for (int i = not_before(b.lane); i < (int)shape().head_dim * 4; i += LANES) {  // pieces: two dims of positions 0 and 1, and of 2 and 3, of four
+    char* piece = chunk + value_offset(0, 0) + 16 * i;
+    const int keep = valid - (i % 4 * 8 + i / 32 % 2 * 4);
+    UNROLL for (int j = 0; j < 2; j++) {
+      if (keep <= 2 * j) *(u64*)(piece + 8 * j) = 0;
+      if (keep == 2 * j + 1) *(u16*)(piece + 8 * j + 2) = *(u16*)(piece + 8 * j + 6) = 0;
     }
   }
-  warp_sync();
 }
 
 DEV u32 split_words(int row, int head, int split) {
@@ -144,54 +143,58 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
   consumer_sync();  // the activations have been read: the item takes their place
   mark(b, Mark::kMet);
   // Pages are here before q is, and what can be done to them is done while q is on its way. A run of at most a chunk a warp that fits the
-  // ring is awaited whole, so that each warp then goes straight to its chunk; of a longer one only the newest page, which comes first.
-  const int run_pages = item.end_page - item.first_page;
+  // ring is awaited whole, so that each warp then goes straight to its chunk; of a longer one only pages with positions of this step, the newest.
+  const int run_pages = item.end_page - item.first_page, step_page = (position + 1 - item.in_step) / (int)shape().page_size;
   const int stages = run_pages + scratch_stages();
   const bool whole = run_pages * page_chunks <= kConsumerWarps && stages < (int)shape().ring_stages;
+  const int awaited = whole ? stages : item.in_step ? item.end_page - larger(item.first_page, step_page) : 1;
   const RingCursor begin = b.ring;
-  bool here = wait_stage(b);
-  if (here && last_chunk / page_chunks == item.end_page - 1 && last_chunk % kConsumerWarps == b.warp)
-    clear_tail(b, ring_stage(b, b.ring.stage) + last_chunk % page_chunks * chunk_bytes(), position + 1 - last_chunk * kChunk);
-  ROLLED for (int i = 1; i < stages && whole && here; i++) {
-    b.ring = ahead(b.ring, 1);
+  bool here = true;
+  ROLLED for (int i = 0; i < awaited && here; i++) {
     here = wait_stage(b);
+    b.ring = ahead(b.ring, 1);
   }
   b.ring = begin;
+  if (here && last_chunk / page_chunks == item.end_page - 1 && last_chunk % kConsumerWarps == b.warp)
+    clear_tail(b, ring_stage(b, b.ring.stage) + last_chunk % page_chunks * chunk_bytes(), position + 1 - last_chunk * kChunk);
   gather_item(b, item, epoch);
   if (!all_well(b)) return false;
   mark(b, Mark::kInput, take_word_clocks(b));
 
-  Flash flash;
-  flash_zero(flash);
   int passed = 0;  // pages of the run that this warp has left behind
   auto leave_page = [&] {
+    if (passed == 0) fence_async_shared();  // what this thread put into pages, before a later copy
     release_stage(b);
     if (++passed < stages) here = wait_stage(b);
   };
-  // The warp's chunks of the run: the newest first, then each kConsumerWarps before it. No two are in one page.
-  const int end_chunk = smaller(item.end_page * page_chunks, last_chunk + 1);
-  int chunk = end_chunk - 1 - (int)((u32)(end_chunk - 1 - b.warp) % kConsumerWarps);
-  ROLLED for (; here && chunk >= item.first_page * page_chunks; chunk -= kConsumerWarps) {
+  auto find_chunk = [&](int chunk) {  // where it is, unless the block must leave
     const int number = item.end_page - 1 - chunk / page_chunks;  // of its page, in the ring's order
     ROLLED while (!whole && here && passed < number) leave_page();
-    if (!here) break;
-    const int first = chunk * kChunk;
-    char* at = ring_stage(b, ahead(b.ring, number - passed).stage) + chunk % page_chunks * chunk_bytes();
-    const bool completes = item.in_step && first + kChunk > position + 1 - item.in_step;
-    if (completes) complete_chunk(b, item, at, first, smaller(kChunk, position + 1 - first));
-    flash_chunk(flash, item_query(b), at, item.queries, item.heads, position + 2 - item.rows - first, shape().attn_scale);
-    if (completes) fence_async_shared();  // this warp's plain writes to the stage, before a later bulk copy into it
+    return ring_stage(b, ahead(b.ring, number - passed).stage) + chunk % page_chunks * chunk_bytes();
+  };
+  auto seen = [&](int chunk) { return position + 2 - item.rows - chunk * kChunk; };  // of it, by the first row
+  Flash flash;
+  // The warp's chunks of the run: the newest first, then each kConsumerWarps before it. No two are in one page.
+  const int end_chunk = smaller(item.end_page * page_chunks, last_chunk + 1), first_chunk = item.first_page * page_chunks;
+  int chunk = end_chunk - 1 - (int)((u32)(end_chunk - 1 - b.warp) % kConsumerWarps);
+  if (chunk < first_chunk) {
+    flash_zero(flash);
+  } else if (const char* at = find_chunk(chunk); here) {
+    flash_chunk<true>(flash, item_query(b), at, item.queries, item.heads, seen(chunk), shape().attn_scale);
   }
+  ROLLED while (here && (chunk -= kConsumerWarps) >= first_chunk)
+    if (const char* at = find_chunk(chunk); here)
+      flash_chunk<false>(flash, item_query(b), at, item.queries, item.heads, seen(chunk), shape().attn_scale);
   ROLLED while (!whole && here && passed < run_pages) leave_page();
   const int scratch = ahead(b.ring, whole ? run_pages : 0).stage;
   if (here) flash_store(flash, item_merge(b, item, b.warp, scratch), item.queries);
   consumer_sync();
-  for (int i = b.thread; i < pairs && !b.waiter.failed; i += kConsumerThreads) {
+  for (int i = not_before(b.thread); i < pairs && !b.waiter.failed; i += kConsumerThreads) {
     const int query = i / (dim / 2), d = i % (dim / 2) * 2, row = item.row + query / item.heads,
               head = item.first_head + query % item.heads;
     float2 part[kConsumerWarps], scale[kConsumerWarps], v = {0.f, 0.f};  // scale: a warp's maximum and sum
     UNROLL for (int w = 0; w < kConsumerWarps; w++) {
-      const float* of = item_merge(b, item, w, scratch) + query * (dim + 2);
+      const float* of = item_merge(b, item, w, scratch) + query * merge_width();
       part[w] = *(const float2*)(of + d);
       scale[w] = *(const float2*)(of + dim);
     }
@@ -211,7 +214,7 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
       if (d == 0) store_words(to + dim, float_bits(top), float_bits(sum), epoch);
     }
   }
-  if (b.warp < (int)shape().scratch_warps) fence_async_shared();        // as above
+  fence_async_shared();  // as above, and what was stored to be merged
   if (here) release_stages(b, whole ? stages : scratch_stages());  // only now: everybody waits for the words above
   return true;
 }
@@ -292,6 +295,7 @@ DEV bool attention(Block& b) {
 DEV void append_kv(Block& b) {
   if (!runs(Phase::kAttention)) return;
   const int dim = shape().head_dim, quads = dim / 4, kv_heads = shape().num_kv_heads, items = num_rows(b) * kv_heads;
+  const int thread = not_before(b.thread);
   const u32 epoch = layer_epoch(b.step, b.waiter.layer);
   for (int i = b.index; i < items; i += shape().num_blocks) {
     const int row = i / kv_heads, kv_head = i % kv_heads;
@@ -301,12 +305,12 @@ DEV void append_kv(Block& b) {
     gather<2>(
         b, epoch, divide_up(total, kConsumerThreads),
         [&](int j) {
-          const int at = smaller(b.thread + j * kConsumerThreads, total - 1);
+          const int at = smaller(thread + j * kConsumerThreads, total - 1);
           return (at < quads ? key_words(b, row, kv_head) : value_words(b, row, kv_head)) + at % quads * 2;
         },
         [&](int) { return b.params->rank; },
         [&](int j, u32 first, u32 second) {
-          const int at = b.thread + j * kConsumerThreads, d = at % quads * 4;
+          const int at = thread + j * kConsumerThreads, d = at % quads * 4;
           if (at >= total || b.waiter.failed) return;
           if (at < quads) {
             store_global((u32*)(chunk + key_offset(p, d)), first);

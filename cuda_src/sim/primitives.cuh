@@ -32,8 +32,10 @@ namespace imex {
 
 // ---------------------------------------------------------------------------------------------- who am I
 DEV const Shape& shape() { return sim::machine.shape; }
+DEV int merge_width() { return (int)shape().head_dim + kMergeExtra; }  // floats of a query where warps merge
 DEV int grid_block() { return (int)sim::machine.current->block->index; }
 DEV int warp_index() { return (int)sim::machine.current->thread / LANES; }
+DEV int not_before(int x) { return x; }
 DEV int lane_index() { return LANES == 1 ? 0 : (int)sim::machine.current->lane; }
 constexpr int kHeldRows = kMaxRows, kHeldSlots = kMaxSlots, kHeldStages = kMaxStages;  // one build for all shapes
 constexpr int kHeaderBytes = kSharedHeaderBytes;
@@ -321,4 +323,5 @@ DEV void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
 
 }  // namespace imex
 
+#include "../chunk.cuh"
 #include "tensor.cuh"

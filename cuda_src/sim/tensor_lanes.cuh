@@ -53,8 +53,10 @@ DEV void flash_zero(Flash& f) {
   for (float& v : f.sum) v = 0.f;
   memset(f.out, 0, sizeof f.out);
 }
-// As on a GPU. q: bf16 [head_dim / 32, queries, 32]; chunk: 32 positions, K then V in the order of packing.py.
+// As on a GPU. q: bf16 [head_dim / 32, queries, 32]; chunk: 32 positions, as chunk.cuh has them.
+template <bool kFirst>
 DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, int heads, int valid, float scale) {
+  if (kFirst) flash_zero(f);
   const int dim = (int)shape().head_dim, segments = dim / 32, p = lane_index();
   struct Part {
     float score[kMaxRows];
@@ -63,13 +65,12 @@ DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, in
   } part{};
   part.flash = &f;
   for (int h = 0; h < queries; h++) part.score[h] = kMinusInfinity;
-  const int unit = p % 8 / 2, n = p / 8 * 2 + p % 2;  // where packing.py puts position p of K
   for (int h = 0; h < queries; h++) {
     if (p >= valid + h / heads) continue;
     float dot = 0.f;
     for (int s = 0; s < segments; s++)
       for (int i = 0; i < 32; i++)
-        dot += bf16_at(q, (s * queries + h) * 32 + i) * bf16_at(chunk, ((unit * segments + s) * 8 + n) * 32 + i);
+        dot += bf16_at(q, (s * queries + h) * 32 + i) * bf16_at(chunk, key_offset(p, s * 32 + i) / 2);
     part.score[h] = dot * scale;
   }
   sim::Warp* warp = sim::machine.current->warp;
@@ -92,19 +93,18 @@ DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, in
     }
     for (int i = 0; i < LANES; i++) ((Part*)lane[i])->met = met;
   });
-  const char* values = chunk + 64 * dim;
   for (int s = 0; s < segments; s++)
     for (int h = 0; h < queries; h++) {
       float sum = 0.f;
-      for (int i = 0; i < kChunk; i++) sum += part.met[h * kChunk + i] * bf16_at(values, (s * 32 + p) * 32 + i);
+      for (int i = 0; i < kChunk; i++) sum += part.met[h * kChunk + i] * bf16_at(chunk, value_offset(i, s * 32 + p) / 2);
       f.out[h][s] = f.out[h][s] * part.met[kMaxRows * kChunk + h] + sum;
     }
 }
-// merge: float [queries, head_dim + 2] of this warp in shared memory: values, then maximum and sum.
+// merge: float [queries, merge_width()] of this warp in shared memory: values, then maximum and sum.
 DEV void flash_store(const Flash& f, float* merge, int queries) {
   const int dim = (int)shape().head_dim, lane = lane_index();
   for (int h = 0; h < queries; h++) {
-    float* to = merge + h * (dim + 2);
+    float* to = merge + h * merge_width();
     for (int s = 0; s < dim / 32; s++) to[s * 32 + lane] = f.out[h][s];
     if (lane == 0) to[dim] = f.max[h], to[dim + 1] = f.sum[h];
   }

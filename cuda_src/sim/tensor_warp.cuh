@@ -124,14 +124,17 @@ DEV void flash_zero(Flash& f) {
   for (int h = 0; h < kMaxRows; h++) f.max[h] = kMinusInfinity, f.sum[h] = 0.f;
   memset(f.out, 0, sizeof f.out);
 }
-// As on a GPU. q: bf16 [head_dim / 32, queries, 32]; chunk: 32 positions, K then V in the order of packing.py.
+// As on a GPU. q: bf16 [head_dim / 32, queries, 32]; chunk: 32 positions, as chunk.cuh has them.
+template <bool kFirst>
 DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, int heads, int valid, float scale) {
+  if (kFirst) flash_zero(f);
   const int dim = (int)shape().head_dim, segments = dim / 32;
   float score[kMaxRows][kChunk];
   for (int p = 0; p < kChunk && p < valid + (queries - 1) / heads; p++) {
-    const int unit = p % 8 / 2, n = p / 8 * 2 + p % 2;  // where packing.py puts position p of K
+    u16 key[kMaxHeadDim];
+    for (int d = 0; d < dim; d++) memcpy(key + d, chunk + key_offset(p, d), 2);
     Wide k[kMaxHeadDim / 32];
-    for (int s = 0; s < segments; s++) k[s] = widen(chunk + ((size_t)(unit * segments + s) * 8 + n) * 64);
+    for (int s = 0; s < segments; s++) k[s] = widen(key + 32 * s);
     for (int h = 0; h < queries; h++) {
       f32x16 dot{};
       for (int s = 0; s < segments; s++) {
@@ -160,17 +163,18 @@ DEV void flash_chunk(Flash& f, const char* q, const char* chunk, int queries, in
     f.sum[h] = f.sum[h] * keep + sum;
     for (int d = 0; d < dim; d++) f.out[h][d] *= keep;
   }
-  const char* values = chunk + 64 * dim;
   for (int d = 0; d < dim; d++) {
-    const Wide v = widen(values + d * 64);
+    u16 values[kChunk];
+    for (int p = 0; p < kChunk; p++) memcpy(values + p, chunk + value_offset(p, d), 2);
+    const Wide v = widen(values);
     for (int h = 0; h < queries; h++) f.out[h][d] += sum16(v.odd * weight[h].odd + v.even * weight[h].even);
   }
 }
-// merge: float [queries, head_dim + 2] of this warp in shared memory: values, then maximum and sum.
+// merge: float [queries, merge_width()] of this warp in shared memory: values, then maximum and sum.
 DEV void flash_store(const Flash& f, float* merge, int queries) {
   const int dim = (int)shape().head_dim;
   for (int h = 0; h < queries; h++) {
-    float* to = merge + h * (dim + 2);
+    float* to = merge + h * merge_width();
     for (int d = 0; d < dim; d++) to[d] = f.out[h][d];
     to[dim] = f.max[h], to[dim + 1] = f.sum[h];
   }

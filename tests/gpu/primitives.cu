@@ -100,12 +100,12 @@ KERNEL accumulate(const char* tile, const char* x, float* part, int chunks, int 
   for (int i = thread_index(); i < values; i += kThreads) part[i] = sums[i];
 }
 
-// q: bf16 [head_dim / 32, queries, 32]; chunks: [count] of K and V as packed; merge: float [warps, queries, head_dim + 2]
+// q: bf16 [head_dim / 32, queries, 32]; chunks: [count] of K and V as packed; merge: float [warps, queries, merge_width()]
 // Each of the first `workers` warps takes every workers-th chunk; `valid` positions in all, for each `heads` queries one more.
 KERNEL attend(const char* q, const char* chunks, float* merge, int queries, int heads, int count, int valid, int workers,
               float scale) {
   const int q_bytes = shape().head_dim * queries * 2, chunk_bytes = shape().head_dim * kChunk * 4;
-  const int stride = queries * (shape().head_dim + 2);
+  const int stride = queries * merge_width();
   char* memory = scratch();
   float* merged = (float*)(memory + count * chunk_bytes + q_bytes);
   copy_in(memory, chunks, count * chunk_bytes);
@@ -115,7 +115,8 @@ KERNEL attend(const char* q, const char* chunks, float* merge, int queries, int 
     Flash f;
     flash_zero(f);
     for (int c = warp_index(); c < count; c += workers)
-      flash_chunk(f, memory + count * chunk_bytes, memory + c * chunk_bytes, queries, heads, valid - c * kChunk, scale);
+      (c < workers ? flash_chunk<true> : flash_chunk<false>)(f, memory + count * chunk_bytes, memory + c * chunk_bytes, queries,
+                                                             heads, valid - c * kChunk, scale);
     flash_store(f, merged + warp_index() * stride, queries);
   }
   block_sync();

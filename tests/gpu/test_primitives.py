@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from imex_persist import abi
+from tests.kernel.pages import key_places, value_places
 
 from .bench import from_bf16, to_bf16
 
@@ -144,12 +145,10 @@ def test_accumulate(bench, max_rows):
 
 
 def pack_chunk(k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """K and V of 32 positions, [32, head_dim], in a page's order (model/packing.py says why)."""
-    dim = k.shape[1]
+    """K and V of 32 positions, [32, head_dim], in a page's order."""
+    dim, positions = k.shape[1], np.arange(32)
     out = np.zeros(64 * dim, np.uint16)
-    p, d = np.meshgrid(np.arange(32), np.arange(dim), indexing="ij")
-    out[((((p % 8) // 2) * (dim // 32) + d // 32) * 8 + 2 * (p // 8) + p % 2) * 32 + d % 32] = k
-    out[32 * dim + d * 32 + p] = v
+    out[key_places(dim, positions)], out[value_places(dim, positions)] = k, v
     return out
 
 
@@ -169,7 +168,7 @@ def test_attend(bench, head_dim, heads, rows):
         kb[last:], vb[last:] = 0x7F00, 0x7F00  # huge but finite: nothing past `last` may be seen
         chunks = np.concatenate([pack_chunk(kb[c * 32 : c * 32 + 32], vb[c * 32 : c * 32 + 32]) for c in range(count)])
         q_order = np.ascontiguousarray(qb.reshape(queries, head_dim // 32, 32).transpose(1, 0, 2))
-        merge = bench.xp.full((workers, queries, head_dim + 2), 5.0, np.float32)
+        merge = bench.xp.full((workers, queries, head_dim + abi.MERGE_EXTRA), 5.0, np.float32)
         arrays = bench.xp.asarray(q_order), bench.xp.asarray(chunks)
         numbers = *map(np.int32, (queries, heads, count, valid, workers)), np.float32(scale)
         sizes = {"head_dim": head_dim, "num_heads": heads, "num_kv_heads": 1, "attention_rows": rows}
@@ -178,7 +177,7 @@ def test_attend(bench, head_dim, heads, rows):
         scores[np.arange(last) >= valid + np.arange(queries)[:, None] // heads] = -np.inf
         weights = np.exp(scores - scores.max(1, keepdims=True))
         want = weights @ from_bf16(vb)[:last].astype(np.float64) / weights.sum(1, keepdims=True)
-        out, top, total = np.split(merge.get().astype(np.float64), [head_dim, head_dim + 1], axis=2)
+        out, top, total, _ = np.split(merge.get().astype(np.float64), [head_dim, head_dim + 1, head_dim + 2], axis=2)
         factor = np.exp(top - top.max(0))  # of a warp's sums, as attention.cuh combines them
         got = (out * factor).sum(0) / (total * factor).sum(0)
         np.testing.assert_allclose(top.max(0)[:, 0], scores.max(1), rtol=1e-4, atol=1e-3)

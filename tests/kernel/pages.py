@@ -13,13 +13,18 @@ def key_places(dim: int, positions: np.ndarray) -> np.ndarray:
     chunk, p = np.divmod(np.asarray(positions)[:, None], CHUNK)
     d = np.arange(dim)
     unit, n = p % 8 // 2, 2 * (p // 8) + p % 2  # so that a unit's scores end up with the lane that weighs these positions
-    return chunk * 2 * CHUNK * dim + ((unit * (dim // 32) + d // 32) * 8 + n) * 32 + d % 32
+    piece = (
+        ((unit // 2 * (dim // 32) + d // 32) * 2 + d % 8 // 4) * 8 + n
+    ) * 4 + d % 32 // 8  # of 8 values, a lane's of a fragment
+    return chunk * 2 * CHUNK * dim + piece * 8 + d % 4 // 2 * 4 + unit % 2 * 2 + d % 2
 
 
 def value_places(dim: int, positions: np.ndarray) -> np.ndarray:
-    """The same for values, which are transposed."""
+    """The same for values."""
     chunk, p = np.divmod(np.asarray(positions)[:, None], CHUNK)
-    return chunk * 2 * CHUNK * dim + CHUNK * dim + np.arange(dim) * CHUNK + p
+    d = np.arange(dim)
+    piece = ((d // 16 * 2 + p % 8 // 4) * 8 + d % 8) * 4 + p // 8
+    return chunk * 2 * CHUNK * dim + CHUNK * dim + piece * 8 + p % 4 // 2 * 4 + d // 8 % 2 * 2 + p % 2
 
 
 def garbage(rng: np.random.Generator, shape) -> np.ndarray:

@@ -33,8 +33,8 @@ def test_attention_has_room_for_every_warp(name, rows):
     s = planner.make_shape(MODELS[name], max_rows=rows, num_slots=rows, machine=GPU)
     sizes = {key: int(s[key]) for key in s.dtype.names}
     queries = sizes["attention_rows"] * sizes["num_heads"] // sizes["num_kv_heads"]
-    warp = queries * (sizes["head_dim"] + 2) * 4
-    inputs = sizes["head_dim"] * (2 * queries + 4 * rows)
+    warp = queries * (sizes["head_dim"] + abi.MERGE_EXTRA) * 4
+    inputs = sizes["head_dim"] * 2 * queries
     assert sizes["scratch_warps"] * warp <= abi.STAGE_BYTES
     assert inputs + (abi.CONSUMER_WARPS - sizes["scratch_warps"]) * warp <= sizes["smem_part"] - sizes["smem_x"]
 

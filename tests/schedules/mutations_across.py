@@ -51,8 +51,11 @@ KV = (
     Mutation("append_before_o_proj", "pages are written while other blocks' copies of them are in flight",
              (("decode.cu", "    if (phase == Phase::kGateUp) append_kv(b), clear_set(b);\n",
                "    if (phase == Phase::kQkv) append_kv(b);\n    if (phase == Phase::kGateUp) clear_set(b);\n"),), **TSAN),
-    gone("chunk_without_proxy_fence", "a bulk copy into a stage is not ordered after plain writes to it", "phases/attention.cuh",
-         "if (completes) fence_async_shared();"),
+    gone("page_without_proxy_fence", "a bulk copy into a stage is not ordered after what this step put into its page",
+         "phases/attention.cuh", "    if (passed == 0) fence_async_shared();  // what this thread put into pages, before a later copy\n"),
+    one("tail_without_care", "what is beyond a row's position is cleared together with what may just have been put", "phases/attention.cuh",
+        "if (keep == 2 * j + 1) *(u16*)(piece + 8 * j + 2) = *(u16*)(piece + 8 * j + 6) = 0;",
+        "if (keep == 2 * j + 1) *(u64*)(piece + 8 * j) &= 0xffff0000ffffull;", **TSAN),
 )  # fmt: skip
 BARE = (
     one("sets_never_cleared", "bare words of a step ago are taken for this one's", "bare.cuh", "at < chunks; at +=", "at < 0; at +="),

@@ -1,6 +1,6 @@
 // The tensor-core primitives of one warp. Shape.only_phase 0: a unit, tile bf16 [hidden_size / 32, 8, 32] (RankParams.qkv) times
 // x bf16 [hidden_size / 32, max_rows, 32] (o_proj); tap: float [max_rows, 8]. 1: attention of num_heads heads over num_layers positions
-// in chunks (kv), q bf16 [head_dim / 32, heads, 32] (o_proj); tap: float [heads, head_dim + 2]. 2: fast_exp, 3: natural_log of
+// in chunks (kv), q bf16 [head_dim / 32, heads, 32] (o_proj); tap: float [heads, merge_width()]. 2: fast_exp, 3: natural_log of
 // float [num_layers] (qkv).
 #include "litmus.cuh"
 
@@ -35,11 +35,11 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams p) {
     flash_zero(f);
     for (int at = 0; at < (int)s.num_layers; at += kChunk) {
       const int valid = (int)s.num_layers - at < kChunk ? (int)s.num_layers - at : kChunk;
-      flash_chunk(f, x, (const char*)me.params->kv + (size_t)at * s.head_dim * 4, s.num_heads, s.num_heads, valid,
-                  s.attn_scale);
+      (at ? flash_chunk<false> : flash_chunk<true>)(f, x, (const char*)me.params->kv + (size_t)at * s.head_dim * 4, s.num_heads,
+                                                    s.num_heads, valid, s.attn_scale);
     }
     flash_store(f, part, s.num_heads);
-    results = s.num_heads * (s.head_dim + 2);
+    results = s.num_heads * merge_width();
   } else {
     for (u32 i = lane_index(); i < s.num_layers; i += LANES)
       part[i] = (s.only_phase == 2 ? fast_exp : natural_log)(bits_float(load_const((const u32*)me.params->qkv + i)));

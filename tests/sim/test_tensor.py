@@ -10,6 +10,7 @@ import pytest
 
 from imex_persist import abi
 from imex_persist.device.sim import SimDevice
+from tests.kernel.pages import key_places, value_places
 
 SOURCE = Path(__file__).parent / "tensor.cu"
 LANES = pytest.mark.parametrize("lanes", [1, 32])
@@ -85,15 +86,12 @@ def test_attention(lanes, heads, dim, positions):
     k, v = (rounded(rng.standard_normal((positions, dim))) for _ in range(2))
     chunks = -(-positions // 32)
     pages = np.zeros((chunks, 64 * dim), np.uint16)
-    p, d = np.arange(32)[:, None], np.arange(dim)[None, :]
-    at_key = ((p % 8 // 2 * (dim // 32) + d // 32) * 8 + 2 * (p // 8) + p % 2) * 32 + d % 32
-    for i in range(positions):
-        pages[i // 32, at_key[i % 32]] = bf16(k[i])
-        pages[i // 32, 32 * dim + np.arange(dim) * 32 + i % 32] = bf16(v[i])
+    pages.reshape(-1)[key_places(dim, np.arange(positions))] = bf16(k)
+    pages.reshape(-1)[value_places(dim, np.arange(positions))] = bf16(v)
     scale = dim**-0.5
     fields = {"only_phase": 1, "num_heads": heads, "head_dim": dim, "num_layers": positions, "attn_scale": scale}
     fragments = bf16(q.reshape(heads, dim // 32, 32).swapaxes(0, 1))
-    got = launch(lanes, {"o_proj": fragments, "kv": pages}, heads * (dim + 2), **fields).reshape(heads, dim + 2)
+    got = launch(lanes, {"o_proj": fragments, "kv": pages}, heads * (dim + abi.MERGE_EXTRA), **fields).reshape(heads, -1)
     scores = (q.astype(np.float64) @ k.T) * scale
     top = scores.max(1)
     weights = np.exp(scores - top[:, None])
