@@ -123,11 +123,14 @@ DEV void write_page_table(MailboxWarp& m, const Descriptor& d, NewTables told) {
   }
   if (told > m.new_tables) m.new_tables = told;
 }
-// All lanes read what the last descriptor speaks of, in one round trip: stop token ids, the first steps' tokens, and page ids.
+DEV void acknowledge(MailboxWarp& m, const Descriptor& d) { write_record(m.rings, Record::kAck, d.request, d.sequence, 0, Finish::kNone); }
+// Acknowledges the last descriptor, a request's, and all lanes read what it speaks of, in one round trip: stop token ids, the first steps' tokens, and
+// page ids.
 DEV void read_arena(MailboxWarp& m, NewTables told) {
   constexpr int kStops = (kMaxStopIds + LANES - 1) / LANES;
   const Descriptor& d = *(const Descriptor*)m.state->line;
   SlotState& slot = m.state->slots[d.slot];
+  if (m.lane == 0) acknowledge(m, d);
   // The host fenced between the rest and the line, and lanes saw the line by relaxed loads: an acquire is what is missing, and unlike
   // fence_sys it waits for none of the stores under way, such as the ACK. warp_sync makes it every lane's.
   fence_acquire_sys();  // the descriptor was seen: now what the host wrote before it is, too
@@ -157,11 +160,10 @@ DEV void admit(MailboxWarp& m, const Descriptor& d) {
 // Does what the line in `state` asks for; all lanes.
 DEV void take_descriptor(MailboxWarp& m) {
   const Descriptor& d = *(const Descriptor*)m.state->line;
-  if (m.lane == 0) {
-    if (d.command == (u32)Command::kCancel) cancel(m, d.request);
-    write_record(m.rings, Record::kAck, d.request, d.sequence, 0, Finish::kNone);
-  }
-  if (d.command == (u32)Command::kSubmit) admit(m, d);
+  if (d.command == (u32)Command::kSubmit) return admit(m, d);
+  if (m.lane != 0) return;
+  if (d.command == (u32)Command::kCancel) cancel(m, d.request);
+  acknowledge(m, d);
 }
 
 // ---------------------------------------------------------------------------------------------- steps

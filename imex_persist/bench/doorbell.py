@@ -9,11 +9,15 @@ from collections.abc import Callable
 from itertools import pairwise
 from statistics import median
 
+from imex_persist.abi import CHUNK
 from imex_persist.bench.drive import Sequence, drive, noops
 
 ROUNDS = {"cuda": 2000, "sim": 20}
 FIRST_TOKENS = {"cuda": 50, "sim": 2}
-STEPS = {"cuda": 200, "sim": 4}
+SEQUENCES, TOKENS = (
+    {"cuda": 7, "sim": 1},
+    {"cuda": CHUNK, "sim": 5},
+)  # whose steps all attend to one chunk, as a first token's does
 IDLE_S = 0.01  # before each first token
 LOOKS = 256  # of an idle host, between two rehearsals of a post
 
@@ -41,8 +45,8 @@ def measure(llm) -> dict:
         noops(llm, ROUNDS[kind] // 10)
         busy = sorted(noops(llm, ROUNDS[kind]))
         idle = {pause: sorted(noops(llm, FIRST_TOKENS[kind], pause)) for pause in (watch, sleep)}
-        (steady,) = drive(llm, [1], STEPS[kind] + 1)
-        step_ns = median(b - a for a, b in pairwise(steady.device_ns))
+        steady = [drive(llm, [1], TOKENS[kind])[0].device_ns for _ in range(SEQUENCES[kind])]
+        step_ns = median(b - a for device_ns in steady for a, b in pairwise(device_ns))
         first: dict[Callable, list[Sequence]] = {watch: [], sleep: []}
         for pause, found in first.items():
             for _ in range(FIRST_TOKENS[kind]):

@@ -114,9 +114,11 @@ KERNEL attend(const char* q, const char* chunks, float* merge, int queries, int 
   if (warp_index() < workers) {
     Flash f;
     flash_zero(f);
-    for (int c = warp_index(); c < count; c += workers)
-      (c < workers ? flash_chunk<true> : flash_chunk<false>)(f, memory + count * chunk_bytes, memory + c * chunk_bytes, queries,
-                                                             heads, valid - c * kChunk, scale);
+    for (int c = warp_index(); c < count; c += workers) {
+      const char *of = memory + count * chunk_bytes, *chunk = memory + c * chunk_bytes;
+      if (c < workers) flash_chunk<true>(f, of, chunk, queries, heads, valid - c * kChunk, scale);
+      else flash_chunk<false>(f, of, chunk, queries, heads, valid - c * kChunk, scale);
+    }
     flash_store(f, merged + warp_index() * stride, queries);
   }
   block_sync();
