@@ -86,6 +86,15 @@ def test_the_descriptor_ring_is_never_overrun(make_box):
     assert box.mailbox.noop() == abi.DESCRIPTOR_SLOTS + 1
 
 
+def test_a_rehearsal_leaves_no_trace(make_box):
+    box = make_box()
+    before = bytes(box.block.view)
+    for _ in range(2 * abi.DESCRIPTOR_SLOTS):
+        box.mailbox.rehearse()
+    assert bytes(box.block.view) == before
+    assert box.kernel.take() is None and box.mailbox.noop() == 1 and box.kernel.take() == abi.Command.NOOP
+
+
 def test_rings_wrap(make_box):
     box = make_box()
     total = 3 * abi.RECORD_SLOTS
