@@ -19,5 +19,6 @@ DEV int value_offset(int p, int d) {
   const int piece = ((d / 16 * 2 + p % 8 / 4) * 8 + d % 8) * 4 + p / 8;
   return kChunk * (int)shape().head_dim * 2 + piece * 16 + p % 4 / 2 * 8 + d / 8 % 2 * 4 + p % 2 * 2;
 }
+DEV int merge_width() { return (int)shape().head_dim + kMergeExtra; }  // floats of a query where warps merge
 
 }  // namespace imex

@@ -230,7 +230,7 @@ DEV u32 choose_rows(MailboxWarp& m) {
   s.num_planned[step & 1] = count;
   return count;
 }
-// All lanes fetch their rows' tokens and pages, and store them to every rank. Tokens of the last request admitted are here since then.
+// All lanes fetch their rows' tokens and pages, and store them to every rank. Those of the last request admitted are here.
 DEV void publish_plan(MailboxWarp& m, u32 rows, Command command) {
   const u32 step = m.published, epoch = plan_epoch(step);
   if (m.unread && m.state->slots[m.fresh_slot].next_position > 1) read_arena(m, NewTables::kPlanAfterNext);  // the step has more rows of it

@@ -22,7 +22,6 @@ constexpr int kThreads = kNumWarps * LANES;
 // ---------------------------------------------------------------------------------------------- who am I
 // The sizes this kernel was built for: compile-time constants here, fields of a struct in the simulator.
 DEV constexpr Shape shape() { return Shape IMEX_SHAPE; }
-DEV int merge_width() { return (int)shape().head_dim + kMergeExtra; }  // floats of a query where warps merge
 constexpr int kHeldRows = shape().max_rows, kHeldSlots = shape().num_slots,
               kHeldStages = shape().ring_stages;  // of arrays in shared memory
 constexpr int kHeaderBytes = shape().smem_x;

@@ -32,7 +32,6 @@ namespace imex {
 
 // ---------------------------------------------------------------------------------------------- who am I
 DEV const Shape& shape() { return sim::machine.shape; }
-DEV int merge_width() { return (int)shape().head_dim + kMergeExtra; }  // floats of a query where warps merge
 DEV int grid_block() { return (int)sim::machine.current->block->index; }
 DEV int warp_index() { return (int)sim::machine.current->thread / LANES; }
 DEV int not_before(int x) { return x; }

@@ -14,12 +14,10 @@ from imex_persist.bench.drive import Sequence, drive, noops
 
 ROUNDS = {"cuda": 2000, "sim": 20}
 FIRST_TOKENS = {"cuda": 50, "sim": 2}
-SEQUENCES, TOKENS = (
-    {"cuda": 7, "sim": 1},
-    {"cuda": CHUNK, "sim": 5},
-)  # whose steps all attend to one chunk, as a first token's does
+SEQUENCES = {"cuda": 7, "sim": 1}  # for the time of a step
+TOKENS = {"cuda": CHUNK, "sim": 5}  # of each: its steps all attend to one chunk, as a first token's does
 IDLE_S = 0.01  # before each first token
-LOOKS = 256  # of an idle host, between two rehearsals of a post
+REHEARSED_EVERY = 256  # looks of an idle host
 
 
 def settings() -> dict:
@@ -27,13 +25,14 @@ def settings() -> dict:
 
 
 def measure(llm) -> dict:
-    """The kernel is idle before each first token; the host either looks at the mailbox meanwhile, or sleeps and pays for waking up too."""
+    """The kernel is idle before each first token. The host either looks at the mailbox meanwhile, and rehearses a post now and then; or it
+    sleeps, as the engine does when it has nothing to do, and pays for waking up and for cold code."""
     kind, mailbox = llm.group.placement.kind, llm.group.mailbox
 
     def watch() -> None:
         until = time.perf_counter() + IDLE_S
         while time.perf_counter() < until:
-            mailbox.await_record(LOOKS)
+            mailbox.await_record(REHEARSED_EVERY)
             mailbox.rehearse()
 
     def sleep() -> None:

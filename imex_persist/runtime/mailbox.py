@@ -107,7 +107,7 @@ class Mailbox:
             raise ValueError(f"a mailbox for {layout} needs {layout.nbytes} bytes: {len(view)} were given")
         self.layout = layout
         self.descriptors = DescriptorRing(view)
-        self._rehearsed = DescriptorRing(memoryview(bytearray(_ARENA)))
+        self._rehearsed = DescriptorRing(memoryview(bytearray(_LINES[-1].stop)))
         self._view = view
         self._u4 = view.cast("I")
         self._acked = 0

@@ -22,10 +22,10 @@ REGISTER_FILE = 65536
 # Bytes a thread may store to local memory. The compiler moves more out of the loops than registers hold, and stores what lives across
 # attention around it: with heads of 128 once a layer. On Hopper next to none of it may stand among the matrix instructions; later
 # targets are compiled, not tuned, as nobody has run them yet.
-SPILL_BYTES = {"sm_90a": 64}
+SPILL_BYTES = {"sm_90a": 16}
 SPILL_BYTES_LATER = 768
-LOCAL_BESIDE = 2  # with heads of 128 one value is fetched again among attention's, a chunk of 32 positions
-LOCAL_BESIDE_OF = {"smollm2-tp2": 6}  # the warp's number, once a unit in each of six loops: it is used at the unit's end
+LOCAL_BESIDE = 0  # instructions with local memory in blocks that have matrix instructions
+LOCAL_BESIDE_OF = {"smollm2-tp2": 4}  # the warp's number, which is used at a unit's end
 UNROLLED = 4  # matrix instructions in a row, at least, where a tile is multiplied: fewer means a branch inside the loop
 
 

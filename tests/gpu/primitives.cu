@@ -113,7 +113,7 @@ KERNEL attend(const char* q, const char* chunks, float* merge, int queries, int 
   block_sync();
   if (warp_index() < workers) {
     Flash f;
-    flash_zero(f);
+    if (warp_index() >= count) flash_zero(f);
     for (int c = warp_index(); c < count; c += workers) {
       const char *of = memory + count * chunk_bytes, *chunk = memory + c * chunk_bytes;
       if (c < workers) flash_chunk<true>(f, of, chunk, queries, heads, valid - c * kChunk, scale);

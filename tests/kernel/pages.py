@@ -13,9 +13,8 @@ def key_places(dim: int, positions: np.ndarray) -> np.ndarray:
     chunk, p = np.divmod(np.asarray(positions)[:, None], CHUNK)
     d = np.arange(dim)
     unit, n = p % 8 // 2, 2 * (p // 8) + p % 2  # so that a unit's scores end up with the lane that weighs these positions
-    piece = (
-        ((unit // 2 * (dim // 32) + d // 32) * 2 + d % 8 // 4) * 8 + n
-    ) * 4 + d % 32 // 8  # of 8 values, a lane's of a fragment
+    half = (unit // 2 * (dim // 32) + d // 32) * 2 + d % 8 // 4
+    piece = (half * 8 + n) * 4 + d % 32 // 8  # of 8 values, a lane's of a fragment
     return chunk * 2 * CHUNK * dim + piece * 8 + d % 4 // 2 * 4 + unit % 2 * 2 + d % 2
 
 

@@ -32,7 +32,6 @@ KERNEL decode(const GRID_CONSTANT imex::LaunchParams p) {
     results = s.max_rows * 8;
   } else if (s.only_phase == 1) {
     Flash f;
-    flash_zero(f);
     for (int at = 0; at < (int)s.num_layers; at += kChunk) {
       const int valid = (int)s.num_layers - at < kChunk ? (int)s.num_layers - at : kChunk;
       (at ? flash_chunk<false> : flash_chunk<true>)(f, x, (const char*)me.params->kv + (size_t)at * s.head_dim * 4, s.num_heads,
