@@ -141,7 +141,7 @@ DEV void read_arena(MailboxWarp& m, NewTables told) {
   UNROLL for (int j = 0; j < kStops; j++)
     stop[j] = m.lane + j * LANES < num_stop ? load_relaxed_sys(prompt + d.prompt_len + d.num_pages + m.lane + j * LANES) : 0;
   m.fresh_token = load_relaxed_sys(prompt + smaller(d.cached_len + m.lane, d.prompt_len - 1));
-  write_page_table(m, d, told);
+  if (told == NewTables::kPlanAfterNext || slot.num_planned < slot.max_tokens) write_page_table(m, d, told);  // else its only step has left
   UNROLL for (int j = 0; j < kStops; j++)
     if (m.lane + j * LANES < num_stop) slot.stop[m.lane + j * LANES] = stop[j];
   m.unread = false;
@@ -237,7 +237,7 @@ DEV void publish_plan(MailboxWarp& m, u32 rows, Command command) {
   const bool new_pages = m.new_tables == NewTables::kNextPlan;
   if (new_pages) {
     warp_sync();
-    fence_sys();  // all lanes' parts of page tables, before lane 0's header that tells of them: so after they met
+    fence_ranks();  // all lanes' parts of page tables, before lane 0's header that tells of them: so after they met
   }
   m.new_tables = m.new_tables == NewTables::kPlanAfterNext ? NewTables::kNextPlan : NewTables::kNone;
   const u32* tables = page_table(m.params, m.params->rank);  // all entries are this warp's own stores

@@ -21,7 +21,7 @@ DEV bool begin_step(Block& b) {
     const u64* from = own_words(b, plan_offset(b.step) + 2 * pair);
     wait_words<1>(
         b.waiter, Wait::kPlan, true, plan_epoch(b.step), 1, [&](int) { return from; }, [&](int) { return 0u; }, words);
-    if (pair == 0 && words[0][0] & kPlanNewPages) fence_sys();  // page tables are seen by this block from its next barrier on
+    if (pair == 0 && words[0][0] & kPlanNewPages) fence_ranks();  // page tables are seen by this block from its next barrier on
     s.plan[2 * pair] = words[0][0];
     s.plan[2 * pair + 1] = words[0][1];
   }
