@@ -20,6 +20,7 @@ struct Row {
   u32 flags;      // kRowSamples, kRowDraws
   u32 together;   // the first of so many rows that attention takes together (attention.cuh); of the others not used
   u32 runs;       // that its context is cut into (kv.cuh)
+  u32 at_once;    // of them, in an item of attention: 1 or 2
 };
 
 // What a part slot holds, for the warp that adds it.
@@ -49,6 +50,7 @@ struct Shared {
   u32 plan[kHeldPlanWords];
   u32 num_rows, num_sampling, num_drawing, command;  // of the step; rows that are not plainly greedy are drawing
   u32 last_rows;                                     // of the step before
+  u32 first_item, end_item;                          // the block's, of attention (deal.cuh)
   const RankParams* params;                          // for draw.cuh's calls, so that the greedy path need not hold the address
   u32 num_drawn, num_searching, num_rounds;          // sampling.cuh, search.cuh
   u32 drawing[kHeldRows], drawn[kHeldRows], searching[kHeldRows];

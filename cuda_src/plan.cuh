@@ -1,7 +1,7 @@
 // The plan of a step: which rows it has. Rank 0's mailbox publishes it as words to every rank, one step ahead, so that all ranks run
 // the same rows and admission costs no latency; every block reads it here.
 #pragma once
-#include "kv.cuh"
+#include "deal.cuh"
 #include "trace.cuh"
 
 namespace imex {
@@ -59,6 +59,7 @@ DEV bool begin_step(Block& b) {
     rope_rows(b)[i] = load_const((const float2*)b.params->rope + (u64)position * turns + i % turns);
   }
   consumer_sync();
+  if (b.thread == 0) deal_items(b);  // the others look behind a barrier of `embed`, the producer behind the arrival
   consumers_arrive(b, &s.step_begin);
   if (!align_clocks(b)) return false;
   mark_clock(b, Mark::kClock);

@@ -131,6 +131,20 @@ DEV void release_stages(Block& b, int count) {
   b.ring = ahead(b.ring, count);
 }
 DEV bool wait_stage(Block& b) { return wait_stages(b, 1); }
+// The same for any number of stages, at once: each lane asks for one of its own, and warp_sync tells the others what it has seen.
+DEV bool wait_run(Block& b, int count) {
+  bool here = true;
+  for (int base = 0; base < count && here; base += LANES) {
+    const RingCursor at = ahead(b.ring, smaller(base + b.lane, count - 1));
+    const Pending full = {&b.shared->full[at.stage], at.parity};
+    const bool late = traced(b.step) && b.warp == 0 && !warp_all(mbar_test_now(full));
+    const u32 began = late ? clock_low() : 0;
+    here = mbar_wait_warp(b.waiter, Wait::kTile, false, full);
+    if (late) b.tile_clocks += clock_low() - began;
+  }
+  warp_sync();
+  return here;
+}
 DEV void release_stage(Block& b) { release_stages(b, 1); }
 
 // The unit's sums over K of two neighbouring output rows, added over the warps in a fixed order.

@@ -77,8 +77,13 @@ DEV u64 early_quad(const EarlyQuads& quads, int i) {  // registers have no index
   UNROLL for (int j = 1; j < (int)(sizeof quads.of / sizeof *quads.of); j++) v = i == j ? quads.of[j] : v;
   return v;
 }
-// Plain accesses: ordered only by the fences of the KV rule (kv.cuh) and of semaphore.cuh.
-DEV u32 load_global(const u32* p) { return *(const volatile u32*)p; }
+// Plain accesses: ordered only by the fences of the KV rule (kv.cuh), of page tables (mailbox.cuh) and of semaphore.cuh. They may find what an SM's
+// L1 has, until a fence of whoever runs there.
+DEV u32 load_global(const u32* p) {
+  u32 v;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
 DEV float4 load_global(const float4* p) {
   float4 v;
   asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
@@ -197,6 +202,10 @@ DEV u32 shuffle(u32 v, int lane) { return __shfl_sync(~0u, v, lane); }
 DEV float lanes_sum(float v, int lanes) {  // over groups of so many neighbouring lanes, a power of two; all lanes call it
   for (int o = lanes / 2; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
   return v;
+}
+template <int N>
+DEV void lanes_sums(float (&v)[N], int lanes) {  // the same for several values, whose shuffles do not wait for each other
+  for (int o = lanes / 2; o; o >>= 1) UNROLL for (int i = 0; i < N; i++) v[i] += __shfl_xor_sync(~0u, v[i], o);
 }
 DEV float lanes_max(float v, int lanes) {
   for (int o = lanes / 2; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, o));

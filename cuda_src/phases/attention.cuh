@@ -1,69 +1,64 @@
-// attention: q, KV pages -> head outputs. Work is dealt in items: (rows, KV head, run of pages). Pages come through the ring; within a
-// block each warp attends to whole chunks of 32 positions on its own, and the block merges once. A context longer than one run is
-// merged again across blocks, by whoever owns the output. How a context is cut depends on the row's position alone, so its bits do
+// attention: q, KV pages -> head outputs. Work is dealt in items: (rows, KV head, one run of pages or two), deal.cuh. Pages come through the
+// ring; within a block each warp attends to whole chunks of 32 positions on its own, and the block merges each run once. A context longer than
+// one run is merged again across blocks, by whoever owns the output. How a context is cut depends on the row's position alone, so its bits do
 // not depend on what else is in the step.
 //
 // Rows of a prompt see the same pages. Neighbours whose last position is in the same chunk are one item, as many as the tensor core's
 // operand has room for: each sees every chunk of the run, and of the last one its own positions only.
 #pragma once
-#include "../kv.cuh"
+#include "../deal.cuh"
 #include "../stream.cuh"
 #include "../tap.cuh"
 #include "../words.cuh"
 
 namespace imex {
 
-constexpr int kMaxHeads = 16;  // queries of one item: twice the tensor core's n = 8
-
 struct Item {
   int row, rows;                   // neighbours
   int kv_head, first_head, heads;  // query heads first_head .. + heads of each row, all of this KV head
   int queries;                     // rows * heads: the heads of one row after another
   int position;                    // of the last row
-  int split, splits;
+  int split, runs, splits;         // runs split .. + runs of `splits`
   int first_page, end_page;
   int in_step;  // positions up to the last row's that come with this step, some of which are in this run; 0: none is
 };
 
-DEV int group_size() { return shape().num_heads / shape().num_kv_heads; }
-DEV int head_blocks() { return divide_up(group_size(), kMaxHeads); }  // items of one KV head: more than one only above 16 heads
-// Item number `index` of the step; false when there is none.
-DEV bool find_item(const Block& b, int index, Item& item) {
-  const int groups = shape().num_kv_heads * head_blocks();
-  ROLLED for (int row = 0; row < num_rows(b); row += item.rows) {
+// Item number `index` of the step, which has so many.
+DEV void find_item(const Block& b, int index, Item& item) {
+  ROLLED for (int row = 0;; row += item.rows) {
     item.rows = shape().attention_rows > 1 ? b.shared->rows[row].together : 1;
-    const int splits = b.shared->rows[row].runs, items = groups * splits;
+    const Row& first = b.shared->rows[row];
+    const int items = items_of(first);
     if (index >= items) {
       index -= items;
       continue;
     }
-    const u32 position = b.shared->rows[row].position;
-    const int group = quotient(index, splits), per = pages_per_run(position), part = group % head_blocks();
+    const int splits = first.runs, at_once = runs_at_once(first), of_group = items_of_group(first);
+    const u32 position = first.position;
+    const int group = quotient(index, of_group), per = pages_per_run(position), part = group % head_blocks();
     item.row = row;
     item.kv_head = group / head_blocks();
     item.first_head = item.kv_head * group_size() + part * kMaxHeads;
     item.heads = smaller(kMaxHeads, group_size() - part * kMaxHeads);
     item.queries = item.rows * item.heads;
     item.position = position + item.rows - 1;
-    item.split = index - group * splits;
+    item.split = (index - group * of_group) * at_once;
+    item.runs = smaller(at_once, splits - item.split);
     item.splits = splits;
     item.first_page = item.split * per;
-    item.end_page = smaller(item.first_page + per, position / shape().page_size + 1);
+    item.end_page = smaller(item.first_page + item.runs * per, position / shape().page_size + 1);
     const u32 step_first = b.shared->rows[b.shared->rows[row].first_row].position;
     item.in_step = item.end_page * shape().page_size > step_first ? item.position + 1 - step_first : 0;
-    return true;
+    return;
   }
-  return false;
 }
-
-// Items are dealt from the last block on: the first ones have one more unit of the matrices around.
-DEV int first_item(const Block& b) { return shape().num_blocks - 1 - b.index; }
 
 DEV int scratch_stages() { return shape().scratch_warps ? 1 : 0; }  // of an item: behind its pages
 DEV void stream_pages(Block& b, Producer& p) {
   if (!runs(Phase::kAttention)) return;
   Item item;
-  for (int i = first_item(b); find_item(b, i, item); i += shape().num_blocks) {
+  ROLLED for (int i = b.shared->first_item; i < (int)b.shared->end_item; i++) {
+    find_item(b, i, item);
     for (int number = item.end_page - 1; number >= item.first_page && !b.waiter.failed; number--)  // the newest first, see `attend`
       push_tile(b, p, kUnitPage, page_at(b, b.waiter.layer, find_page(b, item.row, number), item.kv_head), page_bytes());
     if (scratch_stages() && !b.waiter.failed) push_mark(b, p, kUnitScratch);
@@ -137,7 +132,8 @@ DEV void put_output(Block& b, int row, int head, int d, float2 v) {
   tap(b, Phase::kAttention, row, n + 1, v.y);
 }
 
-DEV bool attend(Block& b, const Item& item, u32 epoch) {
+// `asked`: q is here, of the item before. False when the block must leave.
+DEV bool attend(Block& b, const Item& item, bool asked, u32 epoch) {
   const int dim = shape().head_dim, pairs = item.queries * dim / 2, position = item.position;
   const int page_chunks = shape().page_size / kChunk, last_chunk = position / kChunk;
   consumer_sync();  // the activations have been read: the item takes their place
@@ -148,17 +144,13 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
   const int stages = run_pages + scratch_stages();
   const bool whole = run_pages * page_chunks <= kConsumerWarps && stages < (int)shape().ring_stages;
   const int awaited = whole ? stages : item.in_step ? item.end_page - larger(item.first_page, step_page) : 1;
-  const RingCursor begin = b.ring;
-  bool here = true;
-  ROLLED for (int i = 0; i < awaited && here; i++) {
-    here = wait_stage(b);
-    b.ring = ahead(b.ring, 1);
-  }
-  b.ring = begin;
+  bool here = wait_run(b, awaited);
   if (here && last_chunk / page_chunks == item.end_page - 1 && last_chunk % kConsumerWarps == b.warp)
     clear_tail(b, ring_stage(b, b.ring.stage) + last_chunk % page_chunks * chunk_bytes(), position + 1 - last_chunk * kChunk);
-  gather_item(b, item, epoch);
-  if (!all_well(b)) return false;
+  if (!asked || item.in_step) {
+    gather_item(b, item, epoch);
+    if (!all_well(b)) return false;
+  }
   mark(b, Mark::kInput, take_word_clocks(b));
 
   int passed = 0;  // pages of the run that this warp has left behind
@@ -189,14 +181,19 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
   const int scratch = ahead(b.ring, whole ? run_pages : 0).stage;
   if (here) flash_store(flash, item_merge(b, item, b.warp, scratch), item.queries);
   consumer_sync();
-  for (int i = not_before(b.thread); i < pairs && !b.waiter.failed; i += kConsumerThreads) {
-    const int query = i / (dim / 2), d = i % (dim / 2) * 2, row = item.row + query / item.heads,
+  constexpr int kHalf = kConsumerWarps / 2;
+  for (int i = not_before(b.thread); i < pairs * item.runs && !b.waiter.failed; i += kConsumerThreads) {
+    const int run = i >= pairs, pair = i - run * pairs, query = pair / (dim / 2), d = pair % (dim / 2) * 2, row = item.row + query / item.heads,
               head = item.first_head + query % item.heads;
     float2 part[kConsumerWarps], scale[kConsumerWarps], v = {0.f, 0.f};  // scale: a warp's maximum and sum
     UNROLL for (int w = 0; w < kConsumerWarps; w++) {
-      const float* of = item_merge(b, item, w, scratch) + query * merge_width();
+      const bool halves = item.runs > 1;  // a run is in half of the warps; in the other's place stands what a warp without a chunk has
+      const float* of = item_merge(b, item, halves ? run * kHalf + w % kHalf : w, scratch) + query * merge_width();
+      const bool has = !halves || w < kHalf;
       part[w] = *(const float2*)(of + d);
       scale[w] = *(const float2*)(of + dim);
+      part[w] = {has ? part[w].x : 0.f, has ? part[w].y : 0.f};
+      scale[w] = {has ? scale[w].x : kMinusInfinity, has ? scale[w].y : 0.f};
     }
     float top = kMinusInfinity, sum = 0.f;
     UNROLL for (int w = 0; w < kConsumerWarps; w++) top = fmaxf(top, scale[w].x);
@@ -209,7 +206,7 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
     if (item.splits == 1) {
       put_output(b, row, head, d, {fast_divide(v.x, sum), fast_divide(v.y, sum)});
     } else {
-      u64* to = own_words(b, split_words(row, head, item.split));
+      u64* to = own_words(b, split_words(row, head, item.split + run));
       store_words(to + d, float_bits(v.x), float_bits(v.y), epoch);
       if (d == 0) store_words(to + dim, float_bits(top), float_bits(sum), epoch);
     }
@@ -219,49 +216,48 @@ DEV bool attend(Block& b, const Item& item, u32 epoch) {
   return true;
 }
 
-// Merges the runs of long contexts: a lane takes a run of a pair of outputs, so a warp merges as many pairs as it has lanes for. All rows'
-// pairs are dealt to the warps of all blocks, and all is done in one hop.
+// Merges the runs of long contexts: a lane takes a run of four outputs, so a warp merges as many quads as it has lanes for. All rows'
+// quads are dealt to the warps of all blocks, and all is done in one hop.
 DEV void merge_splits(Block& b, u32 epoch) {
   constexpr int kPerLane = kMaxSplits / LANES, kLaneBits = LANES == 32 ? 5 : 0;
-  const int dim = shape().head_dim, pairs = shape().num_heads * dim / 2;
+  const int dim = shape().head_dim, quads = shape().num_heads * dim / 4;
   int turn = b.index + shape().num_blocks * b.warp, row = 0;  // of the warp, among the row's
   ROLLED while (row < num_rows(b)) {
     const int splits = b.shared->rows[row].runs;
-    int bits = 0;  // 1 << bits lanes take a pair
+    int bits = 0;  // 1 << bits lanes take a quad
     while (1 << bits < splits && 1 << bits < LANES) bits++;
-    const int lanes = 1 << bits, at_once = LANES >> bits, turns = splits > 1 ? (pairs + at_once - 1) >> (kLaneBits - bits) : 0;
+    const int lanes = 1 << bits, at_once = LANES >> bits, turns = splits > 1 ? (quads + at_once - 1) >> (kLaneBits - bits) : 0;
     if (turn >= turns) {
       turn -= turns, row++;
       continue;
     }
-    const int mine = turn * at_once + (b.lane >> bits), pair = smaller(mine, pairs - 1), head = pair / (dim / 2), d = pair % (dim / 2) * 2;
-    float top = kMinusInfinity, sum = 0.f;
-    float2 part[kPerLane], scale[kPerLane], v = {0.f, 0.f};
+    const int mine = turn * at_once + (b.lane >> bits), quad = smaller(mine, quads - 1), head = quad / (dim / 4), d = quad % (dim / 4) * 4;
+    float top = kMinusInfinity, v[5] = {};  // v[4]: the sum of weights
+    float part[kPerLane][4] = {};
+    float2 scale[kPerLane];
     UNROLL for (int j = 0; j < kPerLane; j++) {
-      part[j] = {0.f, 0.f}, scale[j] = {kMinusInfinity, 0.f};
+      scale[j] = {kMinusInfinity, 0.f};
       const int split = (b.lane & (lanes - 1)) + j * lanes;
       if (j * lanes >= splits) continue;
       const u64* from = own_words(b, split_words(row, head, smaller(split, splits - 1)));
-      u32 words[2][2];
-      wait_words<2, true>(
-          b.waiter, Wait::kWords, false, epoch, 2, [&](int i) { return from + (i ? dim : d); }, [&](int) { return b.params->rank; },
+      u32 words[3][2];
+      wait_words<3, true>(
+          b.waiter, Wait::kWords, false, epoch, 3, [&](int i) { return from + (i < 2 ? d + 2 * i : dim); }, [&](int) { return b.params->rank; },
           words);
       if (split >= splits) continue;
-      part[j] = {bits_float(words[0][0]), bits_float(words[0][1])};
-      scale[j] = {bits_float(words[1][0]), bits_float(words[1][1])};
+      UNROLL for (int i = 0; i < 4; i++) part[j][i] = bits_float(words[i / 2][i % 2]);
+      scale[j] = {bits_float(words[2][0]), bits_float(words[2][1])};
       top = fmaxf(top, scale[j].x);
     }
     top = lanes_max(top, lanes);
     UNROLL for (int j = 0; j < kPerLane; j++) {
       const float weight = scale[j].y > 0.f ? fast_exp(scale[j].x - top) : 0.f;
-      v.x += weight * part[j].x;
-      v.y += weight * part[j].y;
-      sum += weight * scale[j].y;
+      UNROLL for (int i = 0; i < 4; i++) v[i] += weight * part[j][i];
+      v[4] += weight * scale[j].y;
     }
-    v.x = lanes_sum(v.x, lanes);
-    v.y = lanes_sum(v.y, lanes);
-    sum = lanes_sum(sum, lanes);
-    if ((b.lane & (lanes - 1)) == 0 && mine < pairs && !b.waiter.failed) put_output(b, row, head, d, {fast_divide(v.x, sum), fast_divide(v.y, sum)});
+    lanes_sums(v, lanes);
+    if ((b.lane & (lanes - 1)) == 0 && mine < quads && !b.waiter.failed)
+      UNROLL for (int i = 0; i < 4; i += 2) put_output(b, row, head, d + i, {fast_divide(v[i], v[4]), fast_divide(v[i + 1], v[4])});
     turn += shape().num_blocks * kConsumerWarps;
   }
 }
@@ -279,8 +275,12 @@ DEV bool attention(Block& b) {
   const u32 epoch = layer_epoch(b.step, b.waiter.layer);
   Item item;
   u32 pages = 0;
-  for (int i = first_item(b); find_item(b, i, item); i += shape().num_blocks) {
-    if (!attend(b, item, epoch)) return false;
+  int row = -1, head = 0;  // whose q is here
+  ROLLED for (int i = b.shared->first_item; i < (int)b.shared->end_item; i++) {
+    find_item(b, i, item);
+    const bool asked = shape().max_rows > 1 && item.row == row && item.first_head == head;  // with one row a block seldom has two items
+    if (!attend(b, item, asked, epoch)) return false;
+    row = item.row, head = item.first_head;
     pages += item.end_page - item.first_page;
   }
   mark(b, Mark::kReady, pages | (shape().trace && any_cut(b) ? kTraceCut : 0));

@@ -257,6 +257,10 @@ DEV T warp_reduce(T v, Combine combine) {
 DEV float lanes_sum(float v, int lanes) {
   return lanes_reduce(v, lanes, [](float a, float b) { return a + b; });
 }
+template <int N>
+DEV void lanes_sums(float (&v)[N], int lanes) {
+  for (float& each : v) each = lanes_sum(each, lanes);
+}
 DEV float lanes_max(float v, int lanes) {
   return lanes_reduce(v, lanes, [](float a, float b) { return fmaxf(a, b); });
 }
