@@ -108,7 +108,7 @@ DEV void fill_slot(SlotState& slot, const Descriptor& d, u32 ticket) {
 // header of a plan that says kPlanNewPages; and by whoever reads such a header, before its block's producer goes on (begin_step).
 // A request that begins at position 0 can wait for that until its second step: in the first one, every page it attends to is that of a
 // row of the same step, and comes with the plan. So the fence is not on the way to its first token, and where that step has one row of it, nor
-// is the table.
+// is the table; where that row is all that it has, nobody will look and there is none.
 DEV void write_page_table(MailboxWarp& m, const Descriptor& d, NewTables told) {
   constexpr int kBatch = 4;  // reads of host memory under way
   const u32* pages = arena_of(m.rings) + d.arena + d.prompt_len;

@@ -1,7 +1,7 @@
 // The stream: weight tiles and KV pages flow through a ring of shared-memory stages and never wait for activations.
 //
 // The producer (one thread) fills stages in a fixed order; all consumer warps walk the same order. A stage is handed over by two
-// mbarriers, full and empty. A consumer warp waits for every stage in turn, also those it has no use for: parity cannot tell laps
+// mbarriers, full and empty. A consumer warp waits for every stage, in turn or several at once, also those it has no use for: parity cannot tell laps
 // apart, so nobody may be more than one lap ahead, and waiting for each stage's `full` keeps it so.
 #pragma once
 #include "trace.cuh"

@@ -273,7 +273,7 @@ def _attention_bytes(head_dim: int, queries: int, scratch_warps: int = 0) -> int
 
 def header_bytes(rows: int, slots: int, stages: int) -> int:
     """What struct Shared takes in a kernel of that many rows, slots and, at most, stages (cuda_src/block.cuh checks it)."""
-    return round_up(512 + 20 * stages + 212 * rows + 512 * -(-rows // 8) + 144 * slots, 128)
+    return round_up(520 + 20 * stages + 216 * rows + 512 * -(-rows // 8) + 144 * slots, 128)
 
 
 def _place_symmetric_memory(s) -> None:

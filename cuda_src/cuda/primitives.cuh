@@ -77,8 +77,8 @@ DEV u64 early_quad(const EarlyQuads& quads, int i) {  // registers have no index
   UNROLL for (int j = 1; j < (int)(sizeof quads.of / sizeof *quads.of); j++) v = i == j ? quads.of[j] : v;
   return v;
 }
-// Plain accesses: ordered only by the fences of the KV rule (kv.cuh), of page tables (mailbox.cuh) and of semaphore.cuh. They may find what an SM's
-// L1 has, until a fence of whoever runs there.
+// Plain accesses: ordered by the fences of the KV rule (kv.cuh), of page tables (mailbox.cuh) and of semaphore.cuh; within a block by its barriers. A load
+// may find what its SM's L1 has, until a fence of whoever runs there.
 DEV u32 load_global(const u32* p) {
   u32 v;
   asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
