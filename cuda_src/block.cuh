@@ -123,8 +123,9 @@ DEV Block this_block(const LaunchParams& launch) {
   return make_block(&launch.ranks[grid_block() / shape().num_blocks], grid_block() % shape().num_blocks);
 }
 
-// Who has met, by warp_sync or consumer_sync, tells an mbarrier so by one thread for all. compute-sanitizer's racecheck does not follow that:
-// in a build for it everybody arrives, and what it then reports is a race (tests/gpu/sanitize.py).
+// Who has met, by warp_sync or consumer_sync, tells an mbarrier so by one thread for all; and what a lane has seen of one, warp_sync tells the
+// others. compute-sanitizer's racecheck does not follow either: in a build for it everybody arrives, and waits, and what it then reports is a race
+// (tests/gpu/sanitize.py).
 #ifdef IMEX_EVERYBODY_ARRIVES
 constexpr int kWarpArrivals = LANES, kConsumerArrivals = kConsumerThreads;
 #else

@@ -110,6 +110,7 @@ DEV u32* claim_counter(const Block& b, u32 layer, u32 which) {
 }
 
 // ---------------------------------------------------------------------------------------------- consumers
+constexpr int kStagesAtOnce = LANES / kWarpArrivals;  // a lane each: on a GPU all, and what is no loop has no branch back
 // Waits, all lanes together, for the `count` (1 or 2) stages at the cursor, and perhaps for something else; false when the block must leave.
 template <class... Also>
 DEV bool wait_stages(Block& b, int count, Also... also) {
@@ -125,8 +126,7 @@ DEV bool wait_stages(Block& b, int count, Also... also) {
 // The warp has read the stages, or has asked for all it wants of them: the arrival releases, so those loads come before it.
 DEV void release_stages(Block& b, int count) {
   warp_sync();
-  constexpr int kAtOnce = LANES / kWarpArrivals;  // stages: on a GPU all, and what is no loop has no branch back
-  for (int i = b.lane / kWarpArrivals; i < count; i = kAtOnce > kMaxStages ? count : i + kAtOnce)
+  for (int i = b.lane / kWarpArrivals; i < count; i = kStagesAtOnce > kMaxStages ? count : i + kStagesAtOnce)
     mbar_arrive(&b.shared->empty[ahead(b.ring, i).stage]);
   b.ring = ahead(b.ring, count);
 }
@@ -134,8 +134,8 @@ DEV bool wait_stage(Block& b) { return wait_stages(b, 1); }
 // The same for any number of stages, at once: each lane asks for one of its own, and warp_sync tells the others what it has seen.
 DEV bool wait_run(Block& b, int count) {
   bool here = true;
-  for (int base = 0; base < count && here; base += LANES) {
-    const RingCursor at = ahead(b.ring, smaller(base + b.lane, count - 1));
+  for (int base = 0; base < count && here; base += kStagesAtOnce) {
+    const RingCursor at = ahead(b.ring, smaller(base + b.lane / kWarpArrivals, count - 1));
     const Pending full = {&b.shared->full[at.stage], at.parity};
     const bool late = traced(b.step) && b.warp == 0 && !warp_all(mbar_test_now(full));
     const u32 began = late ? clock_low() : 0;
