@@ -6,6 +6,8 @@ compared bit for bit.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -87,9 +89,8 @@ def test_a_block_without_a_unit(make_device):
     check_qkv(PhaseRun(make_device, case, **options))
 
 
-@every_case(Phase.ATTENTION)
-def test_attention(make_device, index):
-    p = make_run(make_device, index, Phase.ATTENTION)
+def check_attention(p: PhaseRun) -> list[np.ndarray]:
+    """Returns each rank's outputs."""
     heads, kv_heads, dim = (p.size(k) for k in ("num_heads", "num_kv_heads", "head_dim"))
     pages, words = [], []
     for rank in p.ranks:
@@ -114,6 +115,31 @@ def test_attention(make_device, index):
     long = max(chunk.start + chunk.count for chunk in p.case.chunks) > 256 and p.size("max_splits") > 1
     split_words = p.size("max_rows") * heads * p.size("max_splits") * (dim + 2)
     assert p.raw(0, "off_split", split_words)[1].any() == long, "contexts are cut above 256 positions, and only there"
+    return [p.get_bf16(rank, "off_attn", heads * dim) for rank in p.ranks]
+
+
+@every_case(Phase.ATTENTION)
+def test_attention(make_device, index):
+    check_attention(make_run(make_device, index, Phase.ATTENTION))
+
+
+CROWD = Case(
+    "crowd", 7, model(hidden_size=256, head_dim=64, num_attention_heads=6, num_key_value_heads=2, intermediate_size=64, vocab_size=40),
+    24, (Chunk(0, 299, 1), Chunk(2, 383, 1), Chunk(1, 256, 1), Chunk(3, 320, 2)),
+    {"max_rows": 5, "num_slots": 4, "max_model_len": 704, "strategy": Strategy.ONE_SHOT_LOCAL, "one_shot_rows": 0, "down_slices": 1},
+)  # fmt: skip
+
+
+def crowded() -> list[tuple[Case, dict]]:
+    """Twenty-four runs of 4 chunks or fewer for as many blocks, or for fewer: then two are one item, and a block has several."""
+    return [only(replace(CROWD, num_blocks=blocks), Phase.ATTENTION) for blocks in (24, 23, 13, 7)]
+
+
+@uses(crowded)
+def test_attention_gives_a_run_the_same_bits_however_it_is_dealt(make_device):
+    outputs = [check_attention(PhaseRun(make_device, case, **options)) for case, options in crowded()]
+    for others in outputs[1:]:
+        np.testing.assert_array_equal(to_bits(np.array(others)), to_bits(np.array(outputs[0])))
 
 
 TOGETHER = [i for i, case in enumerate(CASES) if case.shape()["attention_rows"] > 1 and max(c.count for c in case.chunks) > 1][
