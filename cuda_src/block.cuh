@@ -203,8 +203,8 @@ DEV int matrix_k(Phase phase) {
 // What a block's step leaves to the next: its pages (kv.cuh), the sets that it cleared (bare.cuh), what it read of other ranks (semaphore.cuh).
 // Before its word of `sample`, and by everybody after all blocks' words.
 DEV void fence_step() { semaphore() || two_shot() ? fence_sys() : fence_gpu(); }
-// Of what rank 0 stores to every rank. Where there is only one, the system's scope would make every block wait until the records under way
-// have arrived in host memory: microseconds.
+// Of what rank 0 stores to every rank. Where there is only one, the system's scope is not needed, and held up every block for 4 us, it seems until
+// records under way had arrived in host memory (docs/performance.md).
 DEV void fence_ranks() { shape().world_size > 1 ? fence_sys() : fence_gpu(); }
 
 DEV u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
