@@ -68,7 +68,7 @@ BLOCK = (
     one("receive_without_vote", "multiplies before all of the vector has arrived", "norm.cuh",
         "  if (!all_well(b)) return false;\n  if (norm.weighs &&", "  if (b.waiter.failed) return false;\n  if (norm.weighs &&"),
     one("begin_without_barrier", "warps read the step's rows before they are written", "plan.cuh",
-        SYNC + "\n  consumers_arrive(b, &s.step_begin);", "  consumers_arrive(b, &s.step_begin);"),
+        SYNC + "\n  if (b.thread == 0) deal_items(b);", "  if (b.thread == 0) deal_items(b);"),
     one("sample_without_vote", "takes the best of warps that have not brought theirs", "phases/sample.cuh",
         "if (!all_well(b)) return false;", "if (b.waiter.failed) return false;"),
     one("step_end_without_barrier", "the mailbox reads tokens before they are written", "phases/sample.cuh",
