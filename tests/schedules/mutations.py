@@ -78,7 +78,8 @@ BLOCK = (
 )  # fmt: skip
 WARP = (
     one("stage_without_warp_sync", "lane 0 frees a ring stage that other lanes still read", "stream.cuh",
-         "  warp_sync();\n  constexpr int kAtOnce", "  constexpr int kAtOnce", **TSAN),
+        "  warp_sync();\n  for (int i = b.lane / kWarpArrivals; i < count;",
+        "  for (int i = b.lane / kWarpArrivals; i < count;", **TSAN),
     one("hand_over_without_warp_sync", "lane 0 announces partial sums of lanes that have not stored them", "stream.cuh",
         "warp_arrive(b, &b.shared->done[slot]);", "if (b.lane == 0) mbar_arrive(&b.shared->done[slot]);", **TSAN),
     one("adder_without_warp_sync", "lane 0 frees a part slot that other lanes still add", "adders.cuh",
@@ -86,7 +87,7 @@ WARP = (
     one("candidates_without_warp_sync", "lane 0 announces candidates of lanes that have not stored them", "phases/lm_head.cuh",
         "warp_arrive(b, &b.shared->candidates_ready);", "if (b.lane == 0) mbar_arrive(&b.shared->candidates_ready);", **TSAN),
     one("item_without_barrier", "an item is attended to before all of q, and this step's keys, are in place", "phases/attention.cuh",
-        "gather_item(b, item, epoch);\n  if (!all_well(b))", "gather_item(b, item, epoch);\n  if (b.waiter.failed)"),
+        "gather_item(b, item, epoch);\n    if (!all_well(b))", "gather_item(b, item, epoch);\n    if (b.waiter.failed)"),
     one("scales_without_warp_sync", "an adder's lanes scale by what other lanes have not written", "norm.cuh",
         "  warp_sync();\n}\nDEV float row_scale", "}\nDEV float row_scale", **TSAN),
     gone("mailbox_without_warp_sync", "lanes publish a plan that lane 0 is still choosing", "mailbox.cuh",
